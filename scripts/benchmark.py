@@ -1,0 +1,293 @@
+"""Times our steps against their peers, side by side in one run.
+
+    python scripts/benchmark.py                                # forward, lora, full: ViT-S/16, 224 px, batch 8, float32
+    python scripts/benchmark.py lora --batch 16 --rounds 15
+    python scripts/benchmark.py attention                      # one attention layer, forward and backward
+
+Every contestant is a process of its own that compiles, warms up and then waits for its turn; the rounds go through all of
+them, so each ratio compares neighbours in time and a machine that slows down slows everybody. A row gives the median images
+per second with its quartiles, the ratio to the peer (median over rounds, quartiles), the peak memory, and the start-up: from
+the start of the process until its first step is done. Peers need the extra `interop`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+CLASSES, LEARNING_RATE, RANK, ALPHA = 3, 1e-4, 8, 16.0
+WARM_UP = 4
+TASKS = {  # task: contestants, ours first; ratios are to the second
+    "forward": ("ours", "transformers", "timm"),
+    "lora": ("ours", "peft"),
+    "full": ("ours", "transformers"),
+    "attention": ("ours", "autodiff", "torch-sdpa"),
+}
+Turn = Callable[[], None]
+
+
+def ours(task: str, options: argparse.Namespace) -> Turn:
+    """The steps that `vitft_jax.train` and `vitft_jax.evaluate` run."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vitft_jax import config as configs
+    from vitft_jax import methods, optim, runtime, step, tree, vit
+
+    runtime.start()
+    config = configs.default()
+    config.methods = ("lora",) if task == "lora" else ()
+    config.lora.rank, config.lora.alpha, config.train.lr = RANK, ALPHA, LEARNING_RATE
+    method = methods.load(config)
+    model = vit.ViT(
+        **vit.VARIANTS[options.model],
+        classes=CLASSES,
+        dtype=jnp.dtype(options.dtype),
+        dot_general_cls=method.dot_general_cls,
+    )
+    size = options.size
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    trains = "." if task == "full" else "head"
+    trainable, frozen = tree.split(variables, lambda name: name.startswith("lora") or trains in name or trains == ".")
+    program = step.Program(model, method, optim.optimizer(config, method, 10_000), (0.5,) * 3, (0.5,) * 3)
+    images = np.random.default_rng(0).integers(0, 255, (options.batch, size, size, 3), np.uint8)
+    if task == "forward":
+        return lambda: jax.block_until_ready(step.eval_step(trainable, frozen, images, program=program))
+    batch = {"image": images, "label": np.arange(options.batch) % CLASSES}
+    holder = [step.init_state(program, trainable)]
+
+    def turn() -> None:
+        holder[0], _ = step.train_step(holder[0], frozen, batch, program=program)
+        jax.block_until_ready(holder[0])
+
+    return turn
+
+
+def torch_peer(task: str, options: argparse.Namespace, timm: bool = False) -> Turn:
+    """The same work by transformers (with PEFT for LoRA) or timm."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    from vitft_jax.vit import VARIANTS
+
+    shape = VARIANTS[options.model]
+    if timm:
+        import timm as library
+
+        model = library.create_model(f"{options.model}_{options.size}", num_classes=CLASSES)
+    else:
+        from transformers import ViTConfig, ViTForImageClassification
+
+        model = ViTForImageClassification(
+            ViTConfig(
+                hidden_size=shape["width"],
+                num_hidden_layers=shape["depth"],
+                num_attention_heads=shape["heads"],
+                intermediate_size=shape["hidden"],
+                patch_size=shape["patch"],
+                image_size=options.size,
+                num_labels=CLASSES,
+            )
+        )
+    if task == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model,
+            LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
+        )
+    images = torch.randn(options.batch, 3, options.size, options.size)
+    labels = torch.arange(options.batch) % CLASSES
+    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.dtype == "bfloat16")
+
+    def logits() -> Any:
+        out = model(images)
+        return out if timm else out.logits
+
+    if task == "forward":
+        model.eval()
+
+        def forward() -> None:
+            with torch.inference_mode(), cast:
+                logits()
+
+        return forward
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.01)
+
+    def turn() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with cast:
+            loss = torch.nn.functional.cross_entropy(logits().float(), labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+
+    return turn
+
+
+def one_attention(name: str, options: argparse.Namespace) -> Turn:
+    """Forward and backward of one attention layer, from and to `(B, N, D)`."""
+    import numpy as np
+
+    from vitft_jax.vit import VARIANTS
+
+    shape = VARIANTS[options.model]
+    heads, width = shape["heads"], shape["width"]
+    tokens = (options.size // shape["patch"]) ** 2 + 1
+    q, k, v, g = np.random.default_rng(0).normal(size=(4, options.batch, tokens, width)).astype(np.float32)
+    if name == "torch-sdpa":
+        import torch
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        leaves = [torch.tensor(x).requires_grad_() for x in (q, k, v)]
+
+        def turn() -> None:
+            split = [x.view(options.batch, tokens, heads, -1).transpose(1, 2) for x in leaves]
+            out = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).reshape(q.shape)
+            torch.autograd.grad(out, leaves, torch.tensor(g))
+
+        return turn
+    import jax
+
+    from vitft_jax import attention, runtime
+
+    runtime.start()
+
+    def layer(*qkv: Any) -> Any:
+        split = [x.reshape(options.batch, tokens, heads, -1) for x in qkv]
+        if name == "autodiff":
+            return jax.nn.dot_product_attention(*split).reshape(q.shape)
+        return attention.attend(*(x.swapaxes(1, 2) for x in split)).swapaxes(1, 2).reshape(q.shape)
+
+    both = jax.jit(lambda q, k, v, g: jax.vjp(layer, q, k, v)[1](g))
+    return lambda: jax.block_until_ready(both(q, k, v, g))
+
+
+def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
+    """The work of one contestant as a function to be timed."""
+    if task == "attention":
+        return one_attention(name, options)
+    return ours(task, options) if name == "ours" else torch_peer(task, options, timm=name == "timm")
+
+
+def serve(task: str, name: str, options: argparse.Namespace) -> None:
+    """A contestant's process: warms up, then answers each line on its input with the seconds of one turn."""
+    import resource
+
+    turn = contestant(task, name, options)
+    turn()
+    print(json.dumps({"ready": time.time()}), flush=True)
+    for _ in range(WARM_UP):
+        turn()
+    for _ in sys.stdin:
+        turns = []
+        for _ in range(options.turns):
+            start = time.perf_counter()
+            turn()
+            turns.append(time.perf_counter() - start)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"seconds": statistics.median(turns), "peak_mib": peak}), flush=True)
+
+
+class Contestant:
+    """The parent's side of `serve`."""
+
+    def __init__(self, task: str, name: str, arguments: list[str]) -> None:
+        started = time.time()
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, task, "--serve", name, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.start_up = self._read()["ready"] - started
+        self.seconds: list[float] = []
+        self.peak_mib = 0.0
+
+    def turn(self) -> None:
+        """Takes one turn and notes it."""
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        answer = self._read()
+        self.seconds.append(answer["seconds"])
+        self.peak_mib = answer["peak_mib"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _read(self) -> dict[str, float]:
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.name} ended early; its error stands above")
+        return json.loads(line)
+
+
+def race(task: str, options: argparse.Namespace, arguments: list[str]) -> list[str]:
+    """Runs the contestants of a task in turn; returns the rows of its table."""
+    contestants = [Contestant(task, name, arguments) for name in TASKS[task]]
+    for _ in range(options.rounds):
+        for c in contestants:
+            c.turn()
+    for c in contestants:
+        c.close()
+    mine, rows = contestants[0], []
+    for c in contestants:
+        speeds = [options.batch / s for s in c.seconds]
+        ratios = [theirs / ours_ for theirs, ours_ in zip(c.seconds, mine.seconds, strict=True)]
+        ratio = "" if c is mine else _spread(ratios, "x")
+        rows.append(f"| {task} | {c.name} | {_spread(speeds)} | {ratio} | {c.peak_mib:.0f} | {c.start_up:.1f} |")
+    return rows
+
+
+def _spread(values: list[float], unit: str = "") -> str:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return f"{middle:.2f}{unit} ({low:.2f} to {high:.2f})"
+
+
+def main() -> None:
+    """Command line."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("tasks", nargs="*", default=["forward", "lora", "full"], help=", ".join(TASKS))
+    arguments.add_argument("--model", default="vit_small_patch16", help="a key of vit.VARIANTS (plain ViT)")
+    arguments.add_argument("--size", type=int, default=224, help="pixels")
+    arguments.add_argument("--batch", type=int, default=8)
+    arguments.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--turns", type=int, default=3, help="steps per round; the round counts their median")
+    arguments.add_argument("--serve", help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    for task in options.tasks:
+        if task not in TASKS:
+            arguments.error(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    if options.serve:
+        return serve(options.tasks[0], options.serve, options)
+
+    versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers", "peft", "timm")}
+    cores = len(os.sched_getaffinity(0))
+    print(f"{options.model}, {options.size} px, batch {options.batch}, {options.dtype}; {platform.machine()}, {cores} cores, ")
+    print(f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "\n")
+    print("| task | contestant | images/s (quartiles) | ours is faster by | peak MiB | start-up s |")
+    print("|---|---|---|---|---|---|")
+    passed = [f"--{key}={getattr(options, key)}" for key in ("model", "size", "batch", "dtype", "turns")]
+    for task in options.tasks:
+        for row in race(task, options, passed):
+            print(row, flush=True)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import init, tiny
+
+from vitft_jax import config as configs
+from vitft_jax import methods, optim, step, tree
+
+RNG = np.random.default_rng(0)
+BATCH = {"image": RNG.integers(0, 255, (4, 16, 16, 3), np.uint8), "label": np.array([0, 1, 2, 1])}
+
+
+def setup(trainable="head", random=True, **changes):
+    config = configs.default()
+    config.methods = changes.pop("methods", ("lora",))
+    config.lora.update(changes.pop("lora", {}))
+    config.train.lr = 1e-2
+    method = methods.load(config)
+    model = tiny(dot_general_cls=method.dot_general_cls)
+    program = step.Program(
+        model=model,
+        method=method,
+        tx=optim.optimizer(config, method, total_steps=20),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        **changes,
+    )
+    variables = init(model, random=random)
+    return program, *tree.split(variables, lambda n: n.startswith("lora/") or trainable in n)
+
+
+def jaxprs(jaxpr):
+    """A jaxpr and all that it calls."""
+    yield jaxpr
+    for equation in jaxpr.eqns:
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from jaxprs(inner)
+
+
+def test_no_frozen_kernel_is_ever_given_a_gradient_or_added_to():
+    """Kernel shapes are made unique, so a gradient, or W + AB, would show as a fresh array of that shape."""
+    program, trainable, frozen = setup(lora={"targets": "encoder", "rank": 3})
+    state = step.init_state(program, trainable)
+    kernels = {leaf.shape for name, leaf in tree.flatten(frozen).items() if name.endswith("kernel")}
+    train = step.train_step.__wrapped__
+    closed = jax.make_jaxpr(lambda s, f, b: train(s, f, b, program=program))(state, frozen, BATCH)
+    made = {v.aval.shape for j in jaxprs(closed.jaxpr) for e in j.eqns for v in e.outvars}
+    transposed = {shape[::-1] for shape in kernels}
+    assert kernels == {(32, 32), (32, 64), (64, 32), (48, 32)}
+    computing = {
+        (e.primitive.name, v.aval.shape)
+        for j in jaxprs(closed.jaxpr)
+        for e in j.eqns
+        for v in e.outvars
+        if e.primitive.name not in ("transpose", "pjit", "jit", "convert_element_type")
+    }
+    assert made  # the walk found equations
+    assert not {(p, s) for p, s in computing if s in kernels | transposed}
+
+
+def test_the_same_walk_sees_the_gradients_of_kernels_that_train():
+    program, trainable, frozen = setup(trainable="kernel", methods=())
+    train = step.train_step.__wrapped__
+    closed = jax.make_jaxpr(lambda s, f, b: train(s, f, b, program=program))(
+        step.init_state(program, trainable), frozen, BATCH
+    )
+    assert (32, 64) in {v.aval.shape for j in jaxprs(closed.jaxpr) for e in j.eqns for v in e.outvars}
+
+
+def test_optimizer_state_only_for_what_trains():
+    program, trainable, _ = setup()
+    state = step.init_state(program, trainable)
+    scalars = sum(leaf.size == 1 for leaf in jax.tree.leaves(state.opt_state))
+    assert tree.count(state.opt_state) - scalars == 2 * tree.count(trainable)
+
+
+def test_training_lowers_the_loss_and_leaves_frozen_leaves_alone():
+    program, trainable, frozen = setup()
+    before = jax.tree.map(np.array, frozen)
+    state, losses = step.init_state(program, trainable), []
+    for _ in range(8):
+        state, values = step.train_step(state, frozen, BATCH, program=program)
+        losses.append(float(values["loss"]))
+    assert losses[-1] < losses[0] / 2
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+    for name, leaf in tree.flatten(state.trainable).items():
+        assert (leaf != tree.flatten(trainable)[name]).any(), name
+    assert int(state.step) == 8
+
+
+def test_one_compilation():
+    program, trainable, frozen = setup()
+    state = step.init_state(program, trainable)
+    before = step.train_step._cache_size()
+    for _ in range(3):
+        state, _ = step.train_step(state, frozen, BATCH, program=program)
+    assert step.train_step._cache_size() == before + 1
+
+
+def test_micro_batches_equal_the_whole_batch():
+    results = []
+    for accumulate in (1, 2, 4):
+        program, trainable, frozen = setup(accumulate=accumulate, class_weights=(0.5, 1.0, 2.0))
+        state, values = step.train_step(step.init_state(program, trainable), frozen, BATCH, program=program)
+        results.append((state.trainable, values))
+    for trainable, values in results[1:]:
+        for key in ("loss", "grad_norm"):
+            np.testing.assert_allclose(values[key], results[0][1][key], rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), trainable, results[0][0])
+
+
+def test_dropout_differs_by_step_and_repeats_by_seed():
+    losses = []
+    for _ in range(2):
+        program, trainable, frozen = setup(lora={"dropout": 0.5})
+        grads = [
+            step.loss(trainable, frozen, BATCH, jax.random.fold_in(jax.random.key(0), i), program)[0] for i in (0, 1)
+        ]
+        losses.append([float(g) for g in grads])
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1]
+
+
+def test_multiclass_loss_against_optax_with_weights_and_smoothing():
+    program, *_ = setup(class_weights=(0.5, 1.0, 2.0), label_smoothing=0.1)
+    logits, labels = jnp.asarray(RNG.normal(size=(4, 3)), jnp.float32), BATCH["label"]
+    targets = 0.9 * np.eye(3)[labels] + 0.1 / 3
+    expected = np.array([0.5, 1.0, 2.0])[labels] * -(targets * jax.nn.log_softmax(logits)).sum(-1)
+    np.testing.assert_allclose(step.example_losses(program, logits, labels), expected, rtol=1e-6)
+
+
+def test_multilabel_loss_against_optax():
+    program, *_ = setup(multilabel=True, class_weights=(3.0, 1.0, 1.0))
+    logits = jnp.asarray(RNG.normal(size=(4, 3)), jnp.float32)
+    labels = jnp.asarray(RNG.integers(0, 2, (4, 3)), jnp.float32)
+    each = optax.sigmoid_binary_cross_entropy(logits, labels) * jnp.where(labels == 1, jnp.array([3.0, 1, 1]), 1)
+    np.testing.assert_allclose(step.example_losses(program, logits, labels), each.mean(-1), rtol=1e-6)
+
+
+def test_images_are_normalised():
+    program, trainable, frozen = setup()
+    x = (BATCH["image"] / 255 - 0.5) / 0.25
+    expected = program.model.apply(tree.join(trainable, frozen), x)
+    np.testing.assert_allclose(
+        step.eval_step(trainable, frozen, BATCH["image"], program=program), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_schedule_rises_then_falls_to_zero():
+    config = configs.default()
+    rate = optim.schedule(config, 100)
+    values = np.array([float(rate(i)) for i in range(101)])
+    assert values[0] > 0
+    assert (np.diff(values[:11]) > 0).all()
+    assert (np.diff(values[10:]) < 0).all()
+    np.testing.assert_allclose([values.max(), values[-1]], [config.train.lr, 0], atol=1e-9)
+
+
+def test_decay_touches_kernels_in_params_only():
+    leaves = {"params": {"head": {"kernel": 0, "bias": 0}, "norm": {"scale": 0}}, "lora": {"q": {"kernel": 0, "a": 0}}}
+    chosen = [name for name, decays in tree.flatten(optim.decays(leaves)).items() if decays]
+    assert chosen == ["params/head/kernel"]
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_clipping_bounds_what_the_optimizer_sees(clip):
+    config = configs.default()
+    config.train.clip, config.train.warmup = clip, 0.0
+    seen = []
+
+    def record(tx, total_steps):
+        spy = optax.stateless(lambda g, p: (seen.append(optax.global_norm(g)), g)[1])
+        return optax.chain(spy, tx)
+
+    method = methods.Method(wrap_tx=record)
+    tx = optim.optimizer(config, method, 10)
+    params = {"params": {"w": jnp.zeros(4)}}
+    tx.update({"params": {"w": jnp.ones(4)}}, tx.init(params), params)
+    np.testing.assert_allclose(seen[0], clip or 2.0, rtol=1e-6)

@@ -1,0 +1,90 @@
+"""Checkpoints of a run, by Orbax: the newest, to go on from, and the best, to use.
+
+A checkpoint holds three items: `trainable` (adapters and head, or the whole model where it trains), `optimizer` and
+`loop` (input position, best metric so far). Frozen weights are named in `run.json`, not stored.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from vitft_jax.errors import InputError
+from vitft_jax.step import State
+
+logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; a context manager."""
+
+    def __init__(self, folder: Path, read_only: bool = False) -> None:
+        """Opens `folder`, which is created unless `read_only`."""
+        newest_and_best = policies.AnyPreservationPolicy(
+            [policies.LatestN(1), policies.BestN(n=1, get_metric_fn=lambda m: m["score"])]
+        )
+        self._folder = folder
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=newest_and_best,
+                best_fn=lambda m: m["score"],
+                enable_async_checkpointing=False,
+                create=not read_only,
+                read_only=read_only,
+            ),
+            item_names=("trainable", "optimizer", "loop"),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def save(self, state: State, loop: dict[str, Any], score: float) -> None:
+        """Saves a checkpoint whole or not at all; `score` ranks it, higher is better."""
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                trainable=ocp.args.StandardSave(state.trainable),
+                optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
+                loop=ocp.args.JsonSave(loop),
+            ),
+            metrics={"score": score},
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint; None where there is none."""
+        return self._manager.latest_step()
+
+    def restore(self, like: State) -> tuple[State, dict[str, Any]]:
+        """The newest checkpoint in the shapes of `like`, and its `loop`."""
+        args = ocp.args.Composite(
+            trainable=ocp.args.StandardRestore(_abstract(like.trainable)),
+            optimizer=ocp.args.StandardRestore(_abstract({"step": like.step, "state": like.opt_state})),
+            loop=ocp.args.JsonRestore(),
+        )
+        items = self._manager.restore(self.latest_step, args=args)
+        return State(items["optimizer"]["step"], items["trainable"], items["optimizer"]["state"]), items["loop"]
+
+    def restore_best(self, like: Any) -> tuple[Any, int]:
+        """The trainable variables of the best checkpoint, in the shapes of `like`, and its step.
+
+        Raises:
+            InputError: There is no checkpoint.
+        """
+        step = self._manager.best_step()
+        if step is None:
+            raise InputError(f"{self._folder}: no checkpoint here; train the run first")
+        args = ocp.args.Composite(trainable=ocp.args.StandardRestore(_abstract(like)))
+        return self._manager.restore(step, args=args)["trainable"], step
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=x.sharding), tree)

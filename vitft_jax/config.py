@@ -1,0 +1,193 @@
+"""The configuration of a run: every key with its default, unit and reason, and how files and command lines change them.
+
+A config file is Python with ``get_config()``: it takes `default()`, edits what differs and returns it (see `configs/`).
+"""
+
+import ast
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from vitft_jax import tree
+from vitft_jax.errors import InputError, nearest
+
+Config = ml_collections.ConfigDict
+
+
+def default() -> Config:
+    """Returns the defaults, locked: an unknown key is an error."""
+    c = Config()
+    c.seed = 0  # fixes the split, the order of the images, augmentation, dropout and fresh parameters
+    c.dtype = "float32"  # compute: 'float32' or 'bfloat16'; parameters stay float32
+    c.methods = ()  # modules of vitft_jax.methods, inner to outer, such as ('lora',)
+
+    c.data = d = Config()
+    d.source = "folder"  # where images come from
+    d.path = ""  # the folder of images
+    d.table = ""  # CSV in it: path, label (or the columns in `labels`), group, split; '' = one sub-folder per class
+    d.labels = ()  # names of 0/1 columns: several labels an image
+    d.image_size = 224  # side of the square input, pixels
+    d.fit = "squash"  # 'squash' keeps the whole field of view, 'crop' the aspect ratio, 'pad' both
+    d.val_fraction = 0.1  # share of the images, in whole groups, where the table has no split
+    d.test_fraction = 0.2
+    d.workers = 0  # processes that read images; 0 = threads of this one, right for small image sets
+
+    c.augment = a = Config()  # of training images; ultrasound has an up and a down, so nothing flips vertically
+    a.crop = 0.7  # smallest share of the area that a random crop keeps; 1 = off
+    a.flip = 0.5  # probability of a horizontal flip
+    a.rotate = 10.0  # largest rotation, degrees
+    a.gain = 0.15  # largest relative change of brightness
+    a.contrast = 0.15  # largest relative change of contrast
+
+    c.model = m = Config()
+    m.pretrained = ""  # a directory or file of weights, or a Hugging Face Hub id; '' = random
+    m.revision = ""  # commit, tag or branch of a Hub id; '' = its main branch, and the run records the commit
+    m.name = ""  # a key of vit.VARIANTS; '' = as the weights say
+    m.features = ""  # input of the head: 'cls', 'mean' or 'cls+mean'; '' = as the weights say
+
+    c.train = t = Config()
+    t.trainable = "^head"  # regex on names in `params` that train beside the adapters; '.' = all of them
+    t.epochs = 10.0
+    t.steps = 0  # optimiser steps; 0 = as many as `epochs` asks for
+    t.batch_size = 16  # images per optimiser step, over all devices and micro-batches
+    t.accumulate = 1  # micro-batches that a batch is cut into, to save memory
+    t.lr = 5e-4  # peak learning rate
+    t.warmup = 0.1  # share of the steps with a rising learning rate; it falls to 0 along a cosine afterwards
+    t.weight_decay = 0.01  # AdamW, on kernels in `params` only: decay on adapters would pull towards no change at all
+    t.clip = 1.0  # largest global norm of the gradient; 0 = off
+    t.label_smoothing = 0.0
+    t.class_weights = False  # weigh classes by their inverse frequency in the training split
+    t.best_metric = "auroc"  # of the validation split; chooses the checkpoint that is kept as best
+    t.patience = 0  # epochs without a better `best_metric` before the run stops; 0 = never
+
+    c.lora = lo = Config()
+    lo.rank = 8
+    lo.alpha = 16.0  # the change of a kernel is alpha / rank * A B
+    lo.targets = "qv"  # 'qv', 'qkv', 'encoder' (all linear layers of the blocks), or a regex on layers' paths
+    lo.dropout = 0.0  # of the adapter's input
+    lo.rank_pattern = ()  # ((regex, rank), ...): other ranks for some layers, 0 for none; first match wins
+    lo.rs = False  # rsLoRA: scale by alpha / sqrt(rank)
+    lo.lr_ratio = 1.0  # LoRA+: learning rate of B over that of A
+    return c.lock()
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads a config file and applies overrides such as ``lora.rank=16``.
+
+    Raises:
+        InputError: The file cannot be read or has no ``get_config()``; a key is unknown; a value has the wrong type.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"--config {path}: no such file; try configs/lora.py")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"--config {path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # whatever a user's file raises
+        raise InputError(f"--config {path}: {type(error).__name__}: {error}") from error
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"--config.{override}: write --config.{key}=VALUE")
+        set_key(config, key, text)
+    check(config)
+    return config
+
+
+def set_key(config: Config, key: str, text: str) -> None:
+    """Sets a key such as 'lora.rank' from text, with the type that its default has.
+
+    Raises:
+        InputError: The key is unknown (the message names the nearest), or the text is no value of that type.
+    """
+    known = _flat(config)
+    if key not in known:
+        raise InputError(f"unknown config key {key!r}; {nearest(key, known)}")
+    old = known[key]
+    try:
+        value = text if isinstance(old, str) else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, float) and type(value) is int:
+        value = float(value)
+    if isinstance(old, tuple) and isinstance(value, str | list):
+        value = tuple(part for part in value.split(",") if part) if isinstance(value, str) else tuple(value)
+    if type(value) is not type(old):
+        raise InputError(f"config key {key}={text!r}: a {type(old).__name__} is needed, such as {old!r}")
+    group, _, leaf = key.rpartition(".")
+    (config[group] if group else config)[leaf] = value
+
+
+def check(config: Config) -> None:
+    """Refuses values that no run can have.
+
+    Raises:
+        InputError: Names the key, its value and what is allowed.
+    """
+    allowed = {
+        "dtype": ("float32", "bfloat16"),
+        "data.fit": ("squash", "crop", "pad"),
+        "model.features": ("", "cls", "mean", "cls+mean"),
+    }
+    values = _flat(config)
+    for key, choices in allowed.items():
+        if values[key] not in choices:
+            raise InputError(f"config key {key}={values[key]!r}: one of {', '.join(map(repr, choices))}")
+    lowest = {"data.image_size": 1, "data.workers": 0, "train.batch_size": 1, "train.accumulate": 1, "train.steps": 0}
+    lowest |= {"train.lr": 0, "train.weight_decay": 0, "train.clip": 0, "train.patience": 0, "train.epochs": 0}
+    for key, low in lowest.items():
+        if values[key] < low:
+            raise InputError(f"config key {key}={values[key]}: at least {low}")
+    for key in ("train.warmup", "train.label_smoothing", "data.val_fraction", "data.test_fraction"):
+        if not 0 <= values[key] < 1:
+            raise InputError(f"config key {key}={values[key]}: at least 0 and below 1")
+    if not values["train.steps"] and not values["train.epochs"]:
+        raise InputError("config keys train.steps and train.epochs are both 0: nothing to train")
+    if config.train.batch_size % config.train.accumulate:
+        raise InputError(
+            f"config key train.batch_size={config.train.batch_size} does not divide into "
+            f"train.accumulate={config.train.accumulate} micro-batches"
+        )
+
+
+def to_json(config: Config) -> str:
+    """The resolved config as JSON text."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+    """Inverse of `to_json`.
+
+    Raises:
+        InputError: A key is unknown to this version.
+    """
+    config = default()
+    for key, value in tree.flatten(json.loads(text)).items():
+        key = key.replace("/", ".")
+        known = _flat(config)
+        if key not in known:
+            raise InputError(f"config.json: unknown key {key!r}; {nearest(key, known)}")
+        group, _, leaf = key.rpartition(".")
+        (config[group] if group else config)[leaf] = _tuples(value)
+    return config
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """Keys in which two configs differ, each with both values."""
+    left, right = _flat(a), _flat(b)
+    return [f"{k}: {left.get(k)!r} there, {right.get(k)!r} here" for k in left | right if left.get(k) != right.get(k)]
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    return {name.replace("/", "."): value for name, value in tree.flatten(config.to_dict()).items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

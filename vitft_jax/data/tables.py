@@ -1,0 +1,192 @@
+"""Tables of labels (CSV), read strictly: a row that is not understood stops the program, with its number."""
+
+import csv
+import posixpath
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vitft_jax.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from vitft_jax.data.sources import Dataset
+
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
+_BINARY = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
+_RESERVED = ("path", "label", "group", "split")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples as the user listed them, in his order. All fields have one entry for each example.
+
+    Attributes:
+      names: path relative to the image folder, '/' between parts.
+      labels: class name of each example; or, when multi-label, float32 (n, C) of 0/1.
+      groups: patient or video; the name of the example where none is given.
+      splits: 'train', 'val' or 'test'; None where the table has no such column.
+      places: name and table row, for messages.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...] | np.ndarray
+    groups: tuple[str, ...]
+    splits: tuple[str, ...] | None
+    places: tuple[str, ...]
+
+
+def read_table(table: Path, root: Path, base: Path, label_columns: Sequence[str]) -> Examples:
+    """Reads a table with columns `path`, `label` (or several 0/1 columns), and optionally `group` and `split`.
+
+    Args:
+      table: the CSV file, UTF-8 with or without a byte-order mark. Blank lines and other columns are passed over.
+      root: the image folder; every image must lie in it.
+      base: the folder that column `path` is relative to; `root` or a folder below it.
+      label_columns: names of the 0/1 columns of a multi-label table; empty for a table with one class a row.
+
+    Raises:
+      InputError: the table is missing, not UTF-8 or malformed, lacks a column, has no rows, or a row has a bad value, a
+        path outside `root`, the path of an earlier row or an image that does not exist.
+    """
+    header, rows = _read_rows(table)
+    _check_columns(header, table, label_columns)
+    prefix = base.relative_to(root).as_posix()
+    names: list[str] = []
+    labels: list[str] = []
+    binary: list[list[float]] = []
+    groups: list[str] = []
+    splits: list[str] = []
+    first_row: dict[str, int] = {}
+    for number, cells in rows:
+        row = dict(zip(header, cells, strict=True))
+        where = f"{table}, row {number}"
+        name = _inside(row["path"], prefix, where, root)
+        if name in first_row:
+            raise InputError(
+                f"{where}: {row['path']!r} is listed in row {first_row[name]} already; keep one of the two."
+            )
+        first_row[name] = number
+        names.append(name)
+        if label_columns:
+            binary.append([_binary(row[column], column, where) for column in label_columns])
+        elif row["label"]:
+            labels.append(row["label"])
+        else:
+            raise InputError(f"{where}: the label is blank; give a class or take the row out.")
+        groups.append(row.get("group") or name)
+        if "split" in header:
+            splits.append(_split(row["split"], where))
+    _check_exist(names, list(first_row.values()), root, table)
+    return Examples(
+        names=tuple(names),
+        labels=np.array(binary, np.float32) if label_columns else tuple(labels),
+        groups=tuple(groups),
+        splits=tuple(splits) if "split" in header else None,
+        places=tuple(f"{name} ({table.name}, row {number})" for name, number in first_row.items()),
+    )
+
+
+def write_table(dataset: "Dataset", path: str | Path) -> None:
+    """Writes the examples, labels, groups and splits of a dataset as a CSV table.
+
+    Its paths are relative to the image folder, wherever the table lies: `load(config, seed, classes=dataset.classes,
+    table=path)` gives the same dataset again.
+    """
+    columns = dataset.classes if dataset.multilabel else ("label",)
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", *columns, "group", "split"])
+        for i, name in enumerate(dataset.names):
+            label = dataset.labels[i]
+            cells = [int(value) for value in label] if dataset.multilabel else [dataset.classes[label]]
+            writer.writerow([name, *cells, dataset.groups[i], dataset.splits[i]])
+
+
+def _read_rows(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Returns the header and, for each row, its line number in the file and its cells, stripped."""
+    if not table.is_file():
+        raise InputError(f"There is no table {table}; correct data.table.")
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            start = 1
+            for cells in reader:
+                if any(cell.strip() for cell in cells):
+                    rows.append((start, [cell.strip() for cell in cells]))
+                start = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise InputError(f"{table} is not UTF-8 text; save it as 'CSV UTF-8'.") from error
+    except csv.Error as error:
+        raise InputError(f"{table}, row {start}: not valid CSV ({error}); correct the quotes.") from error
+    if len(rows) < 2:
+        raise InputError(f"{table} has no rows; it needs a header and one row for each image.")
+    header = rows[0][1]
+    for number, cells in rows[1:]:
+        if len(cells) != len(header):
+            raise InputError(
+                f"{table}, row {number}: {len(cells)} values for {len(header)} columns ({', '.join(header)}); "
+                "a value that contains a comma needs quotes."
+            )
+    return header, rows[1:]
+
+
+def _check_columns(header: list[str], table: Path, label_columns: Sequence[str]) -> None:
+    twice = sorted({column for column in header if header.count(column) > 1})
+    if twice:
+        raise InputError(f"{table}: column {twice[0]!r} is there twice; rename one.")
+    for column in label_columns:
+        if column in _RESERVED or list(label_columns).count(column) > 1:
+            raise InputError(f"data.labels: {column!r} cannot be a label column; name 0/1 columns, each once.")
+    for column in ("path", *(label_columns or ("label",))):
+        if column not in header:
+            hint = "separate the columns by commas" if len(header) == 1 else nearest(column, header)
+            multi = "" if label_columns or column == "path" else " (for several 0/1 columns set data.labels)"
+            raise InputError(f"{table}: there is no column {column!r} among {', '.join(header)}; {hint}{multi}")
+
+
+def _inside(path: str, prefix: str, where: str, root: Path) -> str:
+    if not path:
+        raise InputError(f"{where}: the path is blank; give an image or take the row out.")
+    if posixpath.isabs(path) or PureWindowsPath(path).anchor:
+        raise InputError(f"{where}: {path!r} is an absolute path; give it relative to the table.")
+    name = posixpath.normpath(posixpath.join(prefix, path))
+    if name == ".." or name.startswith("../"):
+        raise InputError(f"{where}: {path!r} leads out of the image folder {root}; move the image in or set data.path.")
+    return name
+
+
+def _binary(value: str, column: str, where: str) -> float:
+    if value not in _BINARY:
+        raise InputError(f"{where}: {column} is {value!r}; a label column of data.labels must hold 0 or 1.")
+    return _BINARY[value]
+
+
+def _split(value: str, where: str) -> str:
+    if value.lower() not in _SPLIT_NAMES:
+        raise InputError(f"{where}: the split is {value!r}; {nearest(value, ('train', 'val', 'test'))}")
+    return _SPLIT_NAMES[value.lower()]
+
+
+def _check_exist(names: list[str], numbers: list[int], root: Path, table: Path) -> None:
+    missing = [(number, name) for number, name in zip(numbers, names, strict=True) if not (root / name).is_file()]
+    if missing:
+        listed = "\n  ".join(f"row {number}: {name}" for number, name in missing[:5])
+        more = f"\n  ... and {len(missing) - 5} more" if len(missing) > 5 else ""
+        slash = "\nPut '/' between folders, not '\\'." if any("\\" in name for _, name in missing) else ""
+        raise InputError(
+            f"{table}: {len(missing)} of {len(names)} images are not in {root}:\n  {listed}{more}{slash}\n"
+            "Correct the paths (they are relative to the table) or take the rows out."
+        )

@@ -1,0 +1,106 @@
+"""Fine-tuning methods: what a method is, and how several become one.
+
+A method is one module in this package with a function ``method(config) -> Method``; the config group it reads has its
+name. Every field of `Method` has an identity default, so a method states only what it changes.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+from jax import Array, lax
+
+from vitft_jax import tree
+from vitft_jax.errors import InputError, nearest
+
+Variables = Mapping[str, Any]
+DotGeneralCls = Callable[[], Callable[..., Array]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a fine-tuning method changes about a model and its training; the defaults change nothing.
+
+    Attributes:
+        collections: Variable collections that train, beside the chosen part of `params`.
+        dot: Wraps the constructor of the product in a linear layer: ``dot(base)() (x, kernel, dimensions)``.
+        prepare: Rewrites the variables once, before step 0, such as to initialise an adapter from the kernels.
+        select: Token selector (`vit.Select`), or None.
+        penalty: Maps the trainable variables to a scalar that is added to the loss, or None.
+        wrap_tx: ``wrap_tx(tx, total_steps)`` wraps the optimiser.
+        merge: Folds the adapters into `params`; takes and returns variables, without its own collections.
+    """
+
+    collections: tuple[str, ...] = ()
+    dot: Callable[[DotGeneralCls], DotGeneralCls] | None = None
+    prepare: Callable[[Variables], Variables] = lambda variables: variables
+    select: Any = None
+    penalty: Callable[[Variables], Array] | None = None
+    wrap_tx: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = lambda tx, total_steps: tx
+    merge: Callable[[Variables], Variables] = lambda variables: variables
+
+    @property
+    def dot_general_cls(self) -> DotGeneralCls | None:
+        """The constructor for `vit.ViT`; None where the method leaves the products alone."""
+        return self.dot(lambda: lax.dot_general) if self.dot else None
+
+
+def stack(methods: Sequence[Method]) -> Method:
+    """Combines methods, inner to outer, into one.
+
+    Raises:
+        InputError: Two methods select tokens.
+    """
+    selectors = [m.select for m in methods if m.select is not None]
+    if len(selectors) > 1:
+        raise InputError("two methods select tokens; keep one of them in config.methods")
+    dots = [m.dot for m in methods if m.dot]
+    penalties = [m.penalty for m in methods if m.penalty]
+
+    def dot(base: DotGeneralCls) -> DotGeneralCls:
+        for wrap in dots:
+            base = wrap(base)
+        return base
+
+    def prepare(variables: Variables) -> Variables:
+        for m in methods:
+            variables = m.prepare(variables)
+        return variables
+
+    def wrap_tx(tx: optax.GradientTransformation, total_steps: int) -> optax.GradientTransformation:
+        for m in methods:
+            tx = m.wrap_tx(tx, total_steps)
+        return tx
+
+    def merge(variables: Variables) -> Variables:
+        for m in reversed(methods):
+            variables = m.merge(variables)
+        return variables
+
+    return Method(
+        collections=tuple(name for m in methods for name in m.collections),
+        dot=dot if dots else None,
+        prepare=prepare,
+        select=selectors[0] if selectors else None,
+        penalty=(lambda variables: sum(p(variables) for p in penalties)) if penalties else None,
+        wrap_tx=wrap_tx,
+        merge=merge,
+    )
+
+
+def load(config: Any) -> Method:
+    """Builds the method of a run from ``config.methods``, names of modules in this package, inner to outer.
+
+    Raises:
+        InputError: A name is unknown or occurs twice, or a method refuses its settings.
+    """
+    known = [module.name for module in pkgutil.iter_modules(__path__)]
+    for i, name in enumerate(config.methods):
+        if name not in known:
+            raise InputError(f"config.methods: unknown method {name!r}; {nearest(name, known)}")
+        if name in config.methods[:i]:
+            raise InputError(f"config.methods: {name!r} occurs twice")
+    return stack([importlib.import_module(f"{__name__}.{name}").method(config) for name in config.methods])

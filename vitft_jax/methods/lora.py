@@ -1,0 +1,159 @@
+"""LoRA: low-rank adapters beside frozen linear layers (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+
+    y = x W + s (drop(x) A) B        A: (in, r),  B: (r, out),  s = alpha / r
+
+A starts uniform in +-1/sqrt(in) and B at zero, so a fresh adapter changes nothing. W + BA is never formed while training:
+the frozen kernel gets no gradient, and the step costs two thin products per layer. rsLoRA (Kalajdzievski 2023) scales by
+alpha / sqrt(r); LoRA+ (Hayou et al. 2024) trains B at a higher rate than A.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from vitft_jax import tree
+from vitft_jax.errors import InputError
+from vitft_jax.methods import DotGeneralCls, Method, Variables
+
+COLLECTION = "lora"
+TARGETS = {
+    "qv": r"attn/(query|value)$",
+    "qkv": r"attn/(query|key|value)$",
+    "encoder": r"attn/(query|key|value|out)$|mlp/fc[12]$",
+}
+"""Sets of linear layers by name: regexes on module paths such as 'blocks_0/attn/query'."""
+
+_init_a = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which layers get an adapter of which rank, and its scale.
+
+    Attributes:
+        rank: Rank r of the adapters.
+        alpha: Numerator of the scale.
+        targets: Regex on the path of a linear layer.
+        dropout: Probability that an input of the adapter is dropped; the frozen branch sees the whole input.
+        rank_pattern: Rules ``(regex, rank)``; the first that is found in a layer's path replaces `rank`, and 0 leaves the
+            layer alone.
+        rs: Scale by alpha / sqrt(r).
+    """
+
+    rank: int
+    alpha: float
+    targets: str
+    dropout: float = 0.0
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    rs: bool = False
+
+    def rank_at(self, path: str) -> int:
+        """Rank of the adapter at the linear layer `path`; 0 where there is none."""
+        import re
+
+        return tree.first_match(self.rank_pattern, path, self.rank) if re.search(self.targets, path) else 0
+
+    def scale(self, rank: int) -> float:
+        """The factor s of an adapter of this rank."""
+        return self.alpha / (math.sqrt(rank) if self.rs else rank)
+
+
+class LoraDot(nn.Module):
+    """A product with an adapter beside it; stands in for `lax.dot_general` inside a linear layer.
+
+    Dropout is on where an rng named 'dropout' is given, that is, while training.
+    """
+
+    settings: Settings
+    base: DotGeneralCls
+
+    @nn.compact
+    def __call__(self, x: Array, kernel: Array, dimensions: Any, **kwargs: Any) -> Array:
+        y = self.base()(x, kernel, dimensions, **kwargs)
+        rank = self.settings.rank_at("/".join(self.path[:-1]))
+        if not rank:
+            return y
+        a = self.variable(COLLECTION, "a", self._initial, _init_a, (kernel.shape[0], rank)).value
+        b = self.variable(COLLECTION, "b", self._initial, nn.initializers.zeros, (rank, kernel.shape[1])).value
+        x = nn.Dropout(self.settings.dropout, deterministic=not self.has_rng("dropout"))(x)
+        # Scaling the thin product costs (tokens x r), scaling the sum would cost (tokens x out).
+        low = (x @ a.astype(x.dtype)) * self.settings.scale(rank)
+        return y + low @ b.astype(x.dtype)
+
+    def _initial(self, init: Callable[..., Array], shape: tuple[int, ...]) -> Array:
+        return init(self.make_rng("params"), shape, jnp.float32)
+
+
+def delta(adapter: dict[str, Array], settings: Settings) -> Array:
+    """The change of a kernel that an adapter ``{a, b}`` stands for: s A B, `(in, out)`."""
+    return settings.scale(adapter["a"].shape[1]) * (adapter["a"] @ adapter["b"])
+
+
+def merge(variables: Variables, settings: Settings) -> Variables:
+    """Folds the adapters into the kernels: W + s A B. The input is left as it is, so keep it to go back: subtracting
+    would be exact only up to rounding.
+    """
+    leaves = tree.flatten(variables["params"])
+    for name in (n for n in tree.flatten(variables[COLLECTION]) if n.endswith("/a")):
+        module = name.rsplit("/", 2)[0]  # '<path of the linear layer>/dot/a'
+        adapter = variables[COLLECTION]
+        for part in name.split("/")[:-1]:
+            adapter = adapter[part]
+        kernel = leaves[f"{module}/kernel"]
+        leaves[f"{module}/kernel"] = (kernel + delta(adapter, settings)).astype(kernel.dtype)
+    rest = {name: value for name, value in variables.items() if name not in ("params", COLLECTION)}
+    return {**rest, "params": tree.unflatten(leaves)}
+
+
+def scale_b(ratio: float) -> optax.GradientTransformation:
+    """LoRA+: multiplies the finished update of every B by `ratio`, which is the same as its learning rate."""
+
+    def scale(updates: Any) -> Any:
+        return tree.map_named(
+            lambda name, u: u * ratio if name.startswith(f"{COLLECTION}/") and name.endswith("/b") else u, updates
+        )
+
+    return optax.stateless(lambda updates, params: scale(updates))
+
+
+def method(config: Any) -> Method:
+    """Builds LoRA from ``config.lora``.
+
+    Raises:
+        InputError: A setting is out of range, or a regex does not compile.
+    """
+    import re
+
+    c = config.lora
+    if c.rank < 1 or any(rank < 0 for _, rank in c.rank_pattern):
+        raise InputError(
+            f"lora.rank={c.rank}, lora.rank_pattern={c.rank_pattern}: a rank is at least 1 (0 in a pattern)"
+        )
+    if not 0 <= c.dropout < 1:
+        raise InputError(f"lora.dropout={c.dropout}: a probability below 1")
+    if c.lr_ratio < 1:
+        raise InputError(f"lora.lr_ratio={c.lr_ratio}: LoRA+ trains B at least as fast as A; 1 is off")
+    targets = TARGETS.get(c.targets, c.targets)
+    for pattern in (targets, *(p for p, _ in c.rank_pattern)):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"lora: {pattern!r} is none of {sorted(TARGETS)} and no regex: {error}") from None
+    settings = Settings(c.rank, c.alpha, targets, c.dropout, tuple((p, int(r)) for p, r in c.rank_pattern), c.rs)
+
+    def wrap_tx(tx: optax.GradientTransformation, total_steps: int) -> optax.GradientTransformation:
+        return optax.chain(tx, scale_b(c.lr_ratio)) if c.lr_ratio != 1 else tx
+
+    return Method(
+        collections=(COLLECTION,),
+        dot=lambda base: partial(LoraDot, settings, base, name="dot"),
+        wrap_tx=wrap_tx,
+        merge=partial(merge, settings=settings),
+    )

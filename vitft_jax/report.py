@@ -1,0 +1,163 @@
+"""What a run says: lines in `metrics.jsonl`, `summary.json`, predictions, and its progress on the screen."""
+
+import csv
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vitft_jax import metrics
+from vitft_jax.data import Dataset
+
+PACKAGES = ("vitft_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
+PLAIN_LINES = 40
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: a reader never sees half of it."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes strict JSON; a number that is not finite becomes null."""
+    write_text(path, json.dumps(_finite(value), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, ``{step, split, ...values}``."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Opens the log to go on after `step`; later lines of an interrupted run are dropped."""
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # the line that was being written when the run was killed
+                    continue
+                if entry["step"] <= step:
+                    kept.append(line + "\n")
+        write_text(path, "".join(kept))
+        self._path = path
+
+    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends one line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite({"step": step, "split": split, **values})) + "\n")
+
+
+class Screen:
+    """Progress of training: a bar on a terminal, plain lines elsewhere; a context manager."""
+
+    def __init__(self, total_steps: int, done: int) -> None:
+        self._console = Console()
+        self._total = total_steps
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=total_steps, completed=done, text="")
+
+    def __enter__(self) -> "Screen":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def step(self, done: int, loss: float, images_per_second: float, seconds_left: float) -> None:
+        """Shows where training is; without a bar, `PLAIN_LINES` lines over the whole of it."""
+        text = f"loss {loss:.4f}  {images_per_second:.1f} images/s"
+        self._bar.update(self._task, completed=done, text=text)
+        if not self._console.is_terminal and done % max(1, self._total // PLAIN_LINES) == 0:
+            print(f"step {done}/{self._total}  {text}  {seconds_left:.0f} s left", flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def write_predictions(path: Path, dataset: Dataset, indices: np.ndarray, p: np.ndarray) -> None:
+    """Writes a CSV: path, group, true label(s), decision(s), and the probability of each class."""
+    decided = metrics.decisions(p, dataset.multilabel)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        many = dataset.multilabel
+        writer.writerow(
+            ["path", "group"]
+            + ([f"true:{c}" for c in dataset.classes] if many else ["true"])
+            + ([f"predicted:{c}" for c in dataset.classes] if many else ["predicted"])
+            + [f"p:{c}" for c in dataset.classes]
+        )
+        for i, probabilities, decision in zip(indices, p, decided, strict=True):
+            true = dataset.labels[i]
+            writer.writerow(
+                [dataset.names[i], dataset.groups[i]]
+                + (true.astype(int).tolist() if many else [dataset.classes[true]])
+                + (decision.tolist() if many else [dataset.classes[decision]])
+                + [f"{x:.6f}" for x in probabilities]
+            )
+    os.replace(part, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices."""
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+def print_results(title: str, splits: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Prints a table of metrics with their intervals, a column per split."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    for split in splits:
+        table.add_column(f"{split} (95 % CI)", justify="right")
+    for name in next(iter(splits.values())):
+        table.add_row(name, *(_interval(values[name]) for values in splits.values()))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+
+
+def _interval(value: Mapping[str, float]) -> str:
+    if math.isnan(value["value"]):
+        return "undefined: a class is absent"
+    return f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"

@@ -1,0 +1,221 @@
+"""A run: the folder that holds it, and the program and variables that a config stands for.
+
+A run folder holds `config.json` (resolved), `run.json` (what came from outside: weights, classes), `split.csv` (which image
+is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv` and `checkpoints/`.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vitft_jax import config as configs
+from vitft_jax import data, methods, optim, pretrained, report, tree
+from vitft_jax.errors import InputError, nearest
+from vitft_jax.step import Program
+from vitft_jax.vit import VARIANTS, ViT
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the base weights came from."""
+
+    source: str
+    revision: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Built:
+    """A program with its variables before step 0."""
+
+    program: Program
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+    weights: Weights
+    total_steps: int
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Numbers of parameters; adapters count in the total."""
+        trainable, frozen = tree.count(self.trainable), tree.count(self.frozen)
+        total = trainable + frozen
+        return {"total": total, "trainable": trainable, "trainable_percent": 100 * trainable / total}
+
+
+def total_steps(config: configs.Config, dataset: data.Dataset) -> int:
+    """Optimiser steps of a run."""
+    return config.train.steps or math.ceil(config.train.epochs * data.steps_per_epoch(dataset, config.train.batch_size))
+
+
+def build(config: configs.Config, dataset: data.Dataset) -> Built:
+    """Builds the model, its weights and its optimiser.
+
+    Raises:
+        InputError: The weights cannot be read or do not fit, a method refuses its settings, or nothing trains.
+    """
+    source = None
+    if config.model.pretrained:
+        source = pretrained.load(config.model.pretrained, config.model.revision, config.model.name)
+        architecture = dict(source.model)
+    elif config.model.name in VARIANTS:
+        architecture = dict(VARIANTS[config.model.name])
+    else:
+        raise InputError(
+            f"config key model.name={config.model.name!r}; {nearest(config.model.name, VARIANTS)} "
+            "(or give model.pretrained)"
+        )
+    if config.model.features:
+        architecture["features"] = config.model.features
+    size = config.data.image_size
+    if size % architecture["patch"]:
+        raise InputError(f"config key data.image_size={size}: not a multiple of the patch size {architecture['patch']}")
+
+    method = methods.load(config)
+    model = ViT(
+        **architecture,
+        classes=len(dataset.classes),
+        dtype=jnp.dtype(config.dtype),
+        dot_general_cls=method.dot_general_cls,
+        select=method.select,
+    )
+    variables = dict(jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros((1, size, size, 3))))
+    for collection in method.collections:
+        if collection not in variables:
+            layers = sorted(
+                n.removesuffix("/kernel") for n in tree.flatten(variables["params"]) if n.endswith("/kernel")
+            )
+            raise InputError(
+                f"{collection}.targets matches no linear layer of the model; layers are {', '.join(layers)}"
+            )
+    if source is not None:
+        variables["params"] = pretrained.fit(source, variables["params"])
+    variables = method.prepare(variables)
+
+    steps_in_all = total_steps(config, dataset)
+    trains = _trains(config, method)
+    trainable, frozen = tree.split(variables, trains)
+    if not trainable:
+        raise InputError(
+            f"config key train.trainable={config.train.trainable!r} matches no parameter: nothing to train"
+        )
+    program = Program(
+        model=model,
+        method=method,
+        tx=optim.optimizer(config, method, steps_in_all),
+        mean=source.mean if source else (0.5, 0.5, 0.5),
+        std=source.std if source else (0.5, 0.5, 0.5),
+        multilabel=dataset.multilabel,
+        class_weights=class_weights(dataset) if config.train.class_weights else (),
+        label_smoothing=config.train.label_smoothing,
+        accumulate=config.train.accumulate,
+        seed=config.seed,
+    )
+    weights = Weights(source.source, source.revision, source.sha256) if source else Weights("random", "", "")
+    return Built(program, trainable, frozen, weights, steps_in_all)
+
+
+def _trains(config: configs.Config, method: methods.Method) -> Any:
+    import re
+
+    try:
+        chosen = re.compile(config.train.trainable)
+    except re.error as error:
+        raise InputError(f"config key train.trainable={config.train.trainable!r}: no regex: {error}") from None
+
+    def trains(name: str) -> bool:
+        collection, _, rest = name.partition("/")
+        return collection in method.collections or (collection == "params" and bool(chosen.search(rest)))
+
+    return trains
+
+
+def class_weights(dataset: data.Dataset) -> tuple[float, ...]:
+    """Loss weights from the training split.
+
+    Classes are weighed by n / (C n_c), so the mean over the training images is 1; positives of a label by negatives / positives.
+    """
+    labels = dataset.labels[dataset.indices("train")]
+    if dataset.multilabel:
+        positives = labels.sum(axis=0)
+        return tuple(((len(labels) - positives) / positives).tolist())
+    counts = np.bincount(labels, minlength=len(dataset.classes))
+    return tuple((len(labels) / (len(counts) * counts)).tolist())
+
+
+class Folder:
+    """A run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a run in the folder."""
+        return (self.path / "run.json").is_file()  # written last, so config.json and split.csv are whole
+
+    def check(self, config: configs.Config) -> None:
+        """Refuses a folder that holds something else than this run.
+
+        Raises:
+            InputError: It holds a run with another config, or files that are no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"--workdir {self.path}: is a file")
+        if self.exists:
+            if other := configs.differences(self.config(), config):
+                raise InputError(
+                    f"--workdir {self.path} holds another run; it differs in {'; '.join(other[:5])}. "
+                    "Choose another --workdir, or delete this one"
+                )
+        elif self.path.exists() and any(self.path.iterdir()) and not (self.path / "config.json").exists():
+            raise InputError(f"--workdir {self.path}: has files in it that are no run; choose an empty or new folder")
+
+    def open(self, config: configs.Config, dataset: data.Dataset, built: Built) -> None:
+        """Creates the run, or makes sure that its weights and classes are still what they were.
+
+        Raises:
+            InputError: They are not.
+        """
+        now = {"weights": asdict(built.weights), "classes": list(dataset.classes), "multilabel": dataset.multilabel}
+        if self.exists:
+            for key, then in self.resolved().items():
+                if then != now[key]:
+                    raise InputError(
+                        f"--workdir {self.path}: its {key} were {then} when it was started and are {now[key]} now. "
+                        "Restore them, or choose another --workdir"
+                    )
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        report.write_text(self.path / "config.json", configs.to_json(config))
+        data.write_table(dataset, self.path / "split.csv")
+        report.write_json(self.path / "run.json", now)
+
+    def config(self) -> configs.Config:
+        """The config of the run.
+
+        Raises:
+            InputError: This is no run folder.
+        """
+        if not self.exists:
+            raise InputError(f"--workdir {self.path}: no run here (a run folder has config.json and run.json)")
+        return configs.from_json((self.path / "config.json").read_text(encoding="utf-8"))
+
+    def resolved(self) -> dict[str, Any]:
+        """Contents of `run.json`: weights, classes, multilabel."""
+        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+
+    def dataset(self, config: configs.Config) -> data.Dataset:
+        """The images of the run: in the splits that it was started with, if it was."""
+        if not self.exists:
+            return data.load(config.data, config.seed)
+        classes = tuple(self.resolved()["classes"])
+        return data.load(config.data, config.seed, classes=classes, table=self.path / "split.csv")

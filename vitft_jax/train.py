@@ -1,0 +1,228 @@
+"""Fine-tunes a pretrained Vision Transformer on labelled images.
+
+Writes a run folder: resolved config, metrics, checkpoints (newest and best), predictions and summary. The same command goes
+on where an interrupted run stopped.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vitft_jax import cli, data, metrics, report, run, runtime, step, tree
+from vitft_jax.checkpoint import Checkpoints
+from vitft_jax.config import Config
+from vitft_jax.errors import InputError, nearest
+from vitft_jax.evaluate import evaluate_split, outputs
+
+LOG_EVERY = 10  # steps between lines in metrics.jsonl
+_PROCESS_START = time.perf_counter()
+
+
+def train(config: Config, workdir: Path) -> dict[str, Any]:
+    """Trains, evaluates the best checkpoint and returns the summary.
+
+    Raises:
+        InputError: Config, data, weights or work directory are at fault; before any training where that can be seen.
+    """
+    started = time.perf_counter()
+    folder = run.Folder(workdir)
+    folder.check(config)
+    dataset = folder.dataset(config)
+    dataset.images.check()
+    _check_metric(config, dataset)
+    built = run.build(config, dataset)
+    folder.open(config, dataset, built)
+    print(_headline(config, dataset, built, workdir), flush=True)
+
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        timing = _fit(config, dataset, built, folder, checkpoints)
+        trainable, best_step = checkpoints.restore_best(built.trainable)
+
+    results, speed = {}, math.nan
+    for split in ("val", "test"):
+        results[split], out = evaluate_split(folder, built, trainable, dataset, split, config)
+        speed = out.images_per_second
+    summary = {
+        "metrics": results,
+        "best_step": best_step,
+        "parameters": built.parameters,
+        "bytes": {
+            "trainable": tree.nbytes(built.trainable),
+            "frozen": tree.nbytes(built.frozen),
+            "checkpoint": _folder_bytes(folder.checkpoints / str(best_step)),
+        },
+        "timing": {**timing, "eval_images_per_second": speed, "seconds": time.perf_counter() - started},
+        "environment": {**report.environment(), "weights": folder.resolved()["weights"]},
+    }
+    report.write_json(folder.summary, summary)
+    report.print_results(f"best checkpoint (step {best_step}) of {workdir}", results)
+    return summary
+
+
+def _fit(
+    config: Config, dataset: data.Dataset, built: run.Built, folder: run.Folder, checkpoints: Checkpoints
+) -> dict[str, float]:
+    """The loop over steps, from the newest checkpoint to the end; returns timing."""
+    program, per_epoch = built.program, data.steps_per_epoch(dataset, config.train.batch_size)
+    batches = data.train_batches(
+        dataset,
+        batch_size=config.train.batch_size,
+        image_size=config.data.image_size,
+        fit=config.data.fit,
+        augment=config.augment,
+        seed=config.seed,
+        workers=config.data.workers,
+    )
+    state = step.init_state(program, built.trainable)
+    # `waited` counts the epochs since the best; `input`, added when saved, is the position in the stream of batches.
+    loop: dict[str, Any] = {"best": None, "waited": 0, "stopped": False}
+    if checkpoints.latest_step is not None:
+        state, loop = checkpoints.restore(state)
+        batches.set_state(loop["input"])
+    first = done = int(state.step)
+    log = report.MetricsLog(folder.metrics, done)
+    meter = Meter(config.train.batch_size)
+    with report.Screen(built.total_steps, done) as screen:
+        while done < built.total_steps and not loop["stopped"]:
+            batch = {key: value for key, value in next(batches).items() if key != "index"}
+            state, values = step.train_step(state, built.frozen, batch, program=program)
+            done += 1
+            meter.add(values)
+            if done == first + 1:
+                jax.block_until_ready(state)
+                screen.say(f"first step done {time.perf_counter() - _PROCESS_START:.1f} s after start")
+            epoch_ends = done % per_epoch == 0 or done == built.total_steps
+            speed = meter.images_per_second
+            left = (built.total_steps - done) * config.train.batch_size / speed
+            screen.step(done, meter.loss, speed, left)
+            if done % LOG_EVERY == 0 or epoch_ends:
+                means = meter.take()
+                if not math.isfinite(means["loss"]):
+                    raise InputError(f"the loss is {means['loss']} by step {done}; try a lower train.lr")
+                log.write(done, "train", means)
+            if epoch_ends:
+                meter.pause()
+                loop = _validate(config, dataset, built, state, loop, log, screen, done)
+                checkpoints.save(state, {**loop, "input": batches.get_state()}, loop["score"])
+                meter.resume()
+    return {"train_images_per_second": meter.images_per_second, "steps": done}
+
+
+def _validate(
+    config: Config,
+    dataset: data.Dataset,
+    built: run.Built,
+    state: step.State,
+    loop: dict[str, Any],
+    log: report.MetricsLog,
+    screen: report.Screen,
+    done: int,
+) -> dict[str, Any]:
+    """Evaluates the validation split; returns what the loop knows afterwards."""
+    out = outputs(built.program, state.trainable, built.frozen, dataset, "val", config)
+    values = {"loss": out.loss, **metrics.compute(out.probabilities, out.labels, dataset.multilabel)}
+    log.write(done, "val", values)
+    name = config.train.best_metric
+    score = -values[name] if name == "loss" else values[name]
+    better = loop["best"] is None or score > loop["best"]
+    waited = 0 if better else loop["waited"] + 1
+    stopped = bool(config.train.patience) and waited >= config.train.patience
+    shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+    screen.say(f"step {done}  val  {shown}{'  (best so far)' if better else ''}")
+    if stopped:
+        screen.say(f"stops: {waited} epochs without a better {name}")
+    return {"best": score if better else loop["best"], "waited": waited, "stopped": stopped, "score": score}
+
+
+class Meter:
+    """Means of the step metrics, and the speed of training without compilation and evaluation.
+
+    Values stay on the device until they are asked for, so that no step waits for the one before it to be read.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self._batch_size = batch_size
+        self._values: list[dict[str, jax.Array]] = []
+        self._steps, self._seconds, self._since = 0, 0.0, math.nan
+        self.loss = math.nan
+
+    def add(self, values: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a step that was dispatched."""
+        if self._values:
+            self.loss = float(self._values[-1]["loss"])  # of the step before: this one is still running
+        self._values.append(values)
+        if math.isnan(self._since):  # the first step compiles: time starts after it
+            jax.block_until_ready(values)
+            self.resume()
+        else:
+            self._steps += 1
+
+    def take(self) -> dict[str, float]:
+        """Means since it was last called, and the speed so far."""
+        host = jax.device_get(self._values)
+        self._values = []
+        means = {key: float(np.mean([values[key] for values in host])) for key in host[0]}
+        self.loss = float(host[-1]["loss"])
+        return {**means, "images_per_second": self.images_per_second}
+
+    def pause(self) -> None:
+        """Stops the clock; call it when the device is idle."""
+        self._seconds += time.perf_counter() - self._since
+
+    def resume(self) -> None:
+        """Starts the clock."""
+        self._since = time.perf_counter()
+
+    @property
+    def images_per_second(self) -> float:
+        """Images per second of training; NaN until the second step."""
+        seconds = self._seconds + time.perf_counter() - self._since
+        return self._steps * self._batch_size / seconds if self._steps else math.nan
+
+
+def _check_metric(config: Config, dataset: data.Dataset) -> None:
+    known = ("loss", *metrics.names(dataset.multilabel))
+    name = config.train.best_metric
+    if name not in known:
+        raise InputError(f"config key train.best_metric={name!r}; {nearest(name, known)}")
+    labels = dataset.labels[dataset.indices("val")]
+    one_hot = labels if dataset.multilabel else np.eye(len(dataset.classes))[labels]
+    for name_, column in zip(dataset.classes, one_hot.T, strict=True):
+        if name == "auroc" and (column.all() or not column.any()):
+            raise InputError(
+                f"train.best_metric='auroc' is not defined: in the validation split every image or none is {name_!r}. "
+                "Choose train.best_metric=loss, or another split"
+            )
+
+
+def _headline(config: Config, dataset: data.Dataset, built: run.Built, workdir: Path) -> str:
+    sizes = ", ".join(f"{split} {len(dataset.indices(split))}" for split in data.SPLITS)
+    p = built.parameters
+    return (
+        f"{workdir}: {len(dataset.classes)} {'labels' if dataset.multilabel else 'classes'} "
+        f"({', '.join(dataset.classes)}); {sizes}\n"
+        f"{built.weights.source}: {p['total']:,} parameters, {p['trainable']:,} train ({p['trainable_percent']:.2f} %); "
+        f"{built.total_steps} steps of {config.train.batch_size} images"
+    )
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    runtime.start()
+    arguments = cli.parser(__doc__, "python -m vitft_jax.train --config configs/lora.py --config.data.path=IMAGES")
+    arguments.add_argument("--workdir", type=Path, help="folder of the run (default: runs/<name of the config>)")
+    flags, config = cli.parse_with_config(arguments, argv)
+    train(config, flags.workdir or Path("runs") / Path(flags.config).stem)
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,256 @@
+"""Vision Transformers as plain Flax modules: ViT (Dosovitskiy et al. 2020), DeiT (Touvron et al. 2020), and the
+LayerScale variants DeiT-III (Touvron et al. 2022) and DINOv2 (Oquab et al. 2023).
+
+The model names no fine-tuning method. Methods come in through two doors: `dot_general_cls`, the constructor of the
+product in every linear layer, and `select`, which chooses the tokens that go on after a block.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jax import Array
+
+from vitft_jax import attention
+
+DotGeneralCls = Callable[[], Callable[..., Array]]
+FEATURES = ("cls", "mean", "cls+mean")
+_INIT = nn.initializers.truncated_normal(0.02)
+
+
+class Select(Protocol):
+    """Chooses which tokens go on after a block; hashable, since it is part of the static model."""
+
+    def wants_rows(self, block: int) -> bool:
+        """Whether the attention rows of the prefix tokens in this block are needed."""
+
+    def __call__(self, block: int, x: Array, rows: Array | None, carry: Any) -> tuple[Array, Any]:
+        """Returns the tokens `(B, N', D)` for the next block, and whatever it wants handed to its next call.
+
+        Args:
+            block: Index of the block that has just run.
+            x: Its output tokens, `(B, N, D)`, prefix tokens first.
+            rows: Attention of the prefix tokens in this block, `(B, H, P, N)`, where `wants_rows`.
+            carry: What the call before returned; None at the first block.
+        """
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with query, key, value and out projections kept apart."""
+
+    heads: int
+    prefix: int
+    dtype: Dtype = jnp.float32
+    dot_general_cls: DotGeneralCls | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, rows: bool) -> tuple[Array, Array | None]:
+        batch, tokens, width = x.shape
+
+        def project(name: str) -> Array:
+            y = nn.Dense(width, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name=name)(x)
+            return y.reshape(batch, tokens, self.heads, -1).transpose(0, 2, 1, 3)
+
+        q, k, v = project("query"), project("key"), project("value")
+        y = attention.attend(q, k, v).transpose(0, 2, 1, 3).reshape(x.shape)
+        y = nn.Dense(width, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name="out")(y)
+        return y, attention.prefix_rows(q, k, self.prefix) if rows else None
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact (erf) GELU."""
+
+    hidden: int
+    dtype: Dtype = jnp.float32
+    dot_general_cls: DotGeneralCls | None = None
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def dense(features: int, name: str) -> nn.Dense:
+            return nn.Dense(
+                features, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name=name
+            )
+
+        return dense(x.shape[-1], "fc2")(nn.gelu(dense(self.hidden, "fc1")(x), approximate=False))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al. 2021, CaiT)."""
+
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        return x * self.param("scale", nn.initializers.constant(1e-5), x.shape[-1:]).astype(self.dtype)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    heads: int
+    hidden: int
+    prefix: int
+    layer_scale: bool
+    eps: float
+    dtype: Dtype = jnp.float32
+    dot_general_cls: DotGeneralCls | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, rows: bool = False) -> tuple[Array, Array | None]:
+        def scale(y: Array, name: str) -> Array:
+            return LayerScale(self.dtype, name=name)(y) if self.layer_scale else y
+
+        y = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm1")(x)
+        y, prefix_rows = Attention(self.heads, self.prefix, self.dtype, self.dot_general_cls, name="attn")(y, rows)
+        x = x + scale(y, "scale1")
+        y = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm2")(x)
+        y = Mlp(self.hidden, self.dtype, self.dot_general_cls, name="mlp")(y)
+        return x + scale(y, "scale2"), prefix_rows
+
+
+class Embed(nn.Module):
+    """Patches, prefix tokens and learned position embeddings.
+
+    The patch embedding is a reshape and a linear layer, the same mathematics as a convolution whose stride is its kernel
+    size: kernel `(patch * patch * 3, width)` in the order row, column, channel.
+    """
+
+    width: int
+    patch: int
+    distilled: bool
+    dtype: Dtype = jnp.float32
+    dot_general_cls: DotGeneralCls | None = None
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        batch, height, width, channels = images.shape
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {self.patch}")
+        rows, columns = height // self.patch, width // self.patch
+        x = images.reshape(batch, rows, self.patch, columns, self.patch, channels).swapaxes(2, 3)
+        x = x.reshape(batch, rows * columns, self.patch * self.patch * channels)
+        x = nn.Dense(
+            self.width, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name="patch"
+        )(x)
+        prefix = [self.param("cls_token", _INIT, (1, 1, self.width))]
+        if self.distilled:
+            prefix.append(self.param("dist_token", _INIT, (1, 1, self.width)))
+        position = self.param("position", _INIT, (1, len(prefix) + rows * columns, self.width))
+        prefix = [jnp.broadcast_to(token.astype(self.dtype), (batch, 1, self.width)) for token in prefix]
+        return jnp.concatenate([*prefix, x], axis=1) + position.astype(self.dtype)
+
+
+class ViT(nn.Module):
+    """A Vision Transformer classifier.
+
+    Parameters stay float32; `dtype` is what it computes in. With `distilled` there is a second prefix token, and with
+    `dist_head` it has a head of its own: the logits are then the mean of both heads, in training and in evaluation, as
+    DeiT evaluates.
+
+    Attributes:
+        patch: Side of a patch, pixels.
+        width: Channels of a token (D).
+        depth: Number of blocks.
+        heads: Attention heads; they divide `width`.
+        hidden: Channels inside the MLP.
+        classes: Number of outputs; 0 returns the features.
+        distilled: DeiT's distillation token.
+        dist_head: Whether that token has a head of its own; without, the head reads the class token alone, as in Hugging
+            Face's `DeiTForImageClassification`.
+        layer_scale: A learned factor on each residual branch.
+        features: What the head reads after the last LayerNorm: 'cls', the 'mean' of the patch tokens, or 'cls+mean'
+            (concatenated).
+        eps: LayerNorm epsilon: 1e-12 for Hugging Face's ViT and DeiT, 1e-6 elsewhere.
+        dtype: Compute dtype.
+        dot_general_cls: Constructor of the product in every linear layer; None is `lax.dot_general`.
+        select: Token selector; None keeps all tokens.
+    """
+
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    classes: int
+    distilled: bool = False
+    dist_head: bool = True
+    layer_scale: bool = False
+    features: str = "cls"
+    eps: float = 1e-6
+    dtype: Dtype = jnp.float32
+    dot_general_cls: DotGeneralCls | None = None
+    select: Select | None = None
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the patch tokens."""
+        return 2 if self.distilled else 1
+
+    @nn.compact
+    def __call__(self, images: Array) -> Array:
+        """Maps normalised images `(B, H, W, 3)` to logits `(B, classes)` in float32, or to features if `classes` is 0.
+
+        Raises:
+            ValueError: The image size is not a multiple of the patch size, or `features` is not one of `FEATURES`.
+        """
+        if self.features not in FEATURES or (self.distilled and self.features != "cls"):
+            raise ValueError(f"features={self.features!r} with distilled={self.distilled}: not one of {FEATURES}")
+        x = Embed(self.width, self.patch, self.distilled, self.dtype, self.dot_general_cls, name="embed")(
+            images.astype(self.dtype)
+        )
+        carry = None
+        for i in range(self.depth):
+            x, rows = Block(
+                self.heads,
+                self.hidden,
+                self.prefix,
+                self.layer_scale,
+                self.eps,
+                self.dtype,
+                self.dot_general_cls,
+                name=f"blocks_{i}",
+            )(x, self.select is not None and self.select.wants_rows(i))
+            if self.select is not None:
+                x, carry = self.select(i, x, rows, carry)
+        x = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm")(x)
+
+        heads = [("head", self._pool(x))]
+        if self.distilled and self.dist_head:
+            heads.append(("head_dist", x[:, 1]))
+        if not self.classes:
+            return jnp.concatenate([features for _, features in heads], axis=-1)
+        logits = [
+            nn.Dense(
+                self.classes, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name=name
+            )(features)
+            for name, features in heads
+        ]
+        return sum(y.astype(jnp.float32) for y in logits) / len(logits)
+
+    def _pool(self, x: Array) -> Array:
+        parts = {"cls": lambda: x[:, 0], "mean": lambda: x[:, self.prefix :].mean(axis=1)}
+        return jnp.concatenate([parts[part]() for part in self.features.split("+")], axis=-1)
+
+
+_SIZES = {
+    "tiny": {"width": 192, "depth": 12, "heads": 3, "hidden": 768},
+    "small": {"width": 384, "depth": 12, "heads": 6, "hidden": 1536},
+    "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 3072},
+    "large": {"width": 1024, "depth": 24, "heads": 16, "hidden": 4096},
+}
+_FAMILIES = {
+    "vit": {},
+    "deit": {"distilled": True},
+    "deit3": {"layer_scale": True},
+    "dinov2": {"layer_scale": True, "features": "cls+mean"},
+}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    f"{family}_{size}_patch{patch}": {"patch": patch, **_SIZES[size], **_FAMILIES[family]}
+    for family in _FAMILIES
+    for size in _SIZES
+    for patch in (8, 14, 16, 32)
+}
+"""Architectures by name, such as 'vit_base_patch16' or 'deit_small_patch16' (with distillation token): arguments of `ViT`."""
