@@ -11,7 +11,7 @@ from PIL import Image
 from support import TINY
 
 from vitft_jax import config as configs
-from vitft_jax import runtime, vit
+from vitft_jax import metrics, runtime, vit
 
 runtime.start()
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -33,6 +33,12 @@ def busi() -> Path:
 @pytest.fixture
 def focus() -> Path:
     return shared("weights/vit_s14_focus")
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Bootstrap intervals of a tiny run need no precision."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 20)
 
 
 @pytest.fixture(scope="session")

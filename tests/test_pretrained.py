@@ -303,36 +303,16 @@ def test_lone_hugging_face_file_agrees_with_its_directory_where_heads_are_64_wid
     assert directory.sha256 == file.sha256
 
 
-def test_name_confirms_the_architecture(tmp_path):
-    small = ViT(**VARIANTS["vit_tiny_patch16"], classes=0)
-    names = tree.flatten(abstract(small, 32))
-    arrays = {}
-    for name, leaf in names.items():
-        name = re.sub(r"blocks_(\d+)/(\w+)/", r"Transformer/encoderblock_\1/\2/", name)
-        name = name.replace("norm1", "LayerNorm_0").replace("norm2", "LayerNorm_2")
-        name = name.replace("/attn/", "/MultiHeadDotProductAttention_1/")
-        name = name.replace("mlp/fc1", "MlpBlock_3/Dense_0").replace("mlp/fc2", "MlpBlock_3/Dense_1")
-        name = re.sub("^norm/", "Transformer/encoder_norm/", name)
-        name = name.replace("embed/position", "Transformer/posembed_input/pos_embedding").replace(
-            "embed/cls_token", "cls"
-        )
-        name = name.replace("embed/patch/", "embedding/")
-        shape = leaf.shape
-        if "Attention" in name and not name.endswith("out/bias"):
-            shape = (3, 64, 192) if "out/" in name else (*shape[:-1], 3, 64)
-        shape = (16, 16, 3, 192) if name == "embedding/kernel" else shape
-        arrays[name] = np.zeros(shape, np.float16)
-    np.savez(tmp_path / "tiny.npz", **arrays)
-    source = str(tmp_path / "tiny.npz")
-    loaded = pretrained.load(source, name="vit_tiny_patch16")
-    assert loaded.model["heads"] == 3
-    assert loaded.image_size == 32
-    with pytest.raises(InputError, match="is no vit_tiny_patch8: it has patch 16, not 8"):
-        pretrained.load(source, name="vit_tiny_patch8")
-    with pytest.raises(InputError, match="is no deit3_tiny_patch16: it has layer_scale False, not True"):
-        pretrained.load(source, name="deit3_tiny_patch16")
-    with pytest.raises(InputError, match="did you mean 'vit_tiny_patch16'"):
-        pretrained.load(source, name="vit_tiny_patch_16")
+def test_name_confirms_the_architecture_but_not_the_features(tmp_path, monkeypatch):
+    source, _ = lone(tmp_path, layer_scale=True)
+    variant = {"patch": 8, "width": 128, "depth": 1, "heads": 2, "hidden": 48, "layer_scale": True}
+    monkeypatch.setitem(VARIANTS, "dinov2_mini_patch8", {**variant, "features": "cls+mean"})
+    monkeypatch.setitem(VARIANTS, "deit_mini_patch8", {**variant, "depth": 2, "layer_scale": False, "distilled": True})
+    assert pretrained.load(source, name="dinov2_mini_patch8").model["features"] == "cls"
+    with pytest.raises(InputError, match=r"is no deit_mini_patch8: it has distilled False, not True; .*depth 1, not 2"):
+        pretrained.load(source, name="deit_mini_patch8")
+    with pytest.raises(InputError, match="did you mean 'dinov2_mini_patch8'"):
+        pretrained.load(source, name="dinov2_mini_patch_8")
 
 
 def test_heads_that_shapes_do_not_tell(tmp_path):
@@ -347,7 +327,9 @@ def test_heads_that_shapes_do_not_tell(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_epsilon_is_the_librarys(family, tmp_path):
     # Far too small a difference for the parity above to notice.
-    assert pretrained.load(write(tmp_path, family)).model["eps"] == (1e-12 if family.startswith(("vit", "deit")) else 1e-6)
+    assert pretrained.load(write(tmp_path, family)).model["eps"] == (
+        1e-12 if family.startswith(("vit", "deit")) else 1e-6
+    )
 
 
 def test_epsilon_of_the_config_counts_and_has_a_default(tmp_path):
@@ -406,6 +388,13 @@ def test_normalisation_is_stated_or_the_familys(tmp_path):
         ("vit", {"image_size": [16, 24]}, r"image_size=\[16, 24\]"),
         ("vit", {"num_attention_heads": 5}, "width 32 does not divide into 5 heads"),
         ("vit", {"num_attention_heads": 0}, "num_attention_heads=0"),
+        ("vit", {"qkv_bias": False}, r"6 problems:\s+unexpected vit.encoder.layer.0.attention.attention.key.bias"),
+        ("vit", {"layer_norm_eps": "small"}, "layer_norm_eps='small', expected a number"),
+        ("vit", {"id2label": ["a"]}, r"id2label=\['a'\], expected an object"),
+        ("timm_vit", {"model_args": {"num_heads": "two"}}, "num_heads='two'"),
+        ("timm_vit", {"model_args": [1]}, r"model_args=\[1\], expected an object"),
+        ("timm_vit", {"pretrained_cfg": 1}, "pretrained_cfg=1, expected an object"),
+        ("timm_vit", {"label_names": "cat"}, "label_names of config.json must be a list"),
         ("vit", {"image_size": 18}, "image size 18 is not a multiple of the patch 4"),
         ("vit", {"model_type": "deit"}, "missing embed/dist_token"),
         ("deit", {"model_type": "vit"}, "unexpected embed/dist_token"),
@@ -413,6 +402,8 @@ def test_normalisation_is_stated_or_the_familys(tmp_path):
         ("vit", {"num_hidden_layers": 1}, r"unexpected blocks_1/\S+ \(in the file: vit\.encoder\.layer\.1\."),
         ("vit", {"image_size": 24}, r"position_embeddings\) has shape \(1, 17, 32\), expected \(1, 37, 32\)"),
         ("timm_vit", {"global_pool": "map"}, "global_pool 'map'"),
+        ("timm_vit", {"global_pool": ["avg"]}, "global_pool"),
+        ("vit", {"model_type": ["vit"]}, "model_type"),
         ("timm_vit", {"architecture": "vit_base_patch32_clip_quickgelu_224"}, "another activation"),
         ("timm_vit", {"model_args": {"act_layer": "relu"}}, "another activation"),
     ],
@@ -507,16 +498,17 @@ def test_tensors_of_impossible_rank(tmp_path):
 
 @pytest.mark.parametrize("family", ["dinov2", "timm_deit", "augreg"])
 def test_each_tensor_is_needed_and_each_shape_checked(family, tmp_path):
-    """Spoils, or takes away, one tensor after another."""
+    """Takes away, or spoils in one way or another, one tensor after another."""
     tensors = without(golden(family)[1], "mask_token")
     for i, name in enumerate(sorted(tensors)):
+        shape = tensors[name].shape
+        # Without a head it is a backbone, so the head's kernel is only spoilt; and its width is free.
         head = re.search(r"^head\.weight|^head/kernel|^classifier\.weight", name)
-        if i % 2 or head:
-            shape = tuple(size + 1 for size in tensors[name].shape[:-1]) + tensors[name].shape[-1:]
-            shape = shape if len(shape) > 1 else (shape[0] + 1,)
-            changed = {**tensors, name: np.zeros(shape, np.float32)}
-        else:
-            changed = without(tensors, f"^{re.escape(name)}$")
+        spoilt = [(*shape[:-1], shape[-1] + 1), (), (0,), (2, *shape), None]
+        new = (7, 7) if head else spoilt[(i + len(tensors)) % len(spoilt)]
+        changed = without(tensors, f"^{re.escape(name)}$")
+        if new is not None:
+            changed[name] = np.zeros(new, np.float32)
         with pytest.raises(InputError, match=r"problem|not a Vision Transformer"):
             pretrained.load(write(tmp_path, family, changed))
 

@@ -5,6 +5,7 @@ A checkpoint holds three items: `trainable` (adapters and head, or the whole mod
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,14 @@ class Checkpoints:
     def __init__(self, folder: Path, read_only: bool = False) -> None:
         """Opens `folder`, which is created unless `read_only`."""
         newest_and_best = policies.AnyPreservationPolicy(
-            [policies.LatestN(1), policies.BestN(n=1, get_metric_fn=lambda m: m["score"])]
+            [policies.LatestN(1), policies.BestN(n=1, get_metric_fn=_rank)]
         )
         self._folder = folder
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=newest_and_best,
-                best_fn=lambda m: m["score"],
+                best_fn=_rank,
                 enable_async_checkpointing=False,
                 create=not read_only,
                 read_only=read_only,
@@ -46,8 +47,8 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self._manager.close()
 
-    def save(self, state: State, loop: dict[str, Any], score: float) -> None:
-        """Saves a checkpoint whole or not at all; `score` ranks it, higher is better."""
+    def save(self, state: State, loop: dict[str, Any], rank: Sequence[float]) -> None:
+        """Saves a checkpoint whole or not at all. The best has the highest `rank`; of equal ranks, the first."""
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -55,7 +56,7 @@ class Checkpoints:
                 optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
                 loop=ocp.args.JsonSave(loop),
             ),
-            metrics={"score": score},
+            metrics={"rank": [*rank, -int(state.step)]},
         )
 
     @property
@@ -84,6 +85,10 @@ class Checkpoints:
             raise InputError(f"{self._folder}: no checkpoint here; train the run first")
         args = ocp.args.Composite(trainable=ocp.args.StandardRestore(_abstract(like)))
         return self._manager.restore(step, args=args)["trainable"], step
+
+
+def _rank(metrics: dict[str, list[float]]) -> tuple[float, ...]:
+    return tuple(metrics["rank"])
 
 
 def _abstract(tree: Any) -> Any:

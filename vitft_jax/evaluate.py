@@ -82,7 +82,8 @@ def evaluate_split(
     out = outputs(built.program, trainable, built.frozen, dataset, split, config)
     groups = [dataset.groups[i] for i in out.indices]
     report.write_predictions(folder.path / f"predictions_{split}.csv", dataset, out.indices, out.probabilities)
-    return metrics.intervals(out.probabilities, out.labels, groups, dataset.multilabel), out
+    results = metrics.intervals(out.probabilities, out.labels, groups, dataset.multilabel, metrics.RESAMPLES)
+    return results, out
 
 
 def evaluate(workdir: Path, split: str = "test") -> dict[str, Any]:

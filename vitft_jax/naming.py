@@ -138,8 +138,8 @@ def read_shapes(params: dict[str, np.ndarray]) -> dict[str, Any]:
         if sizes := [array.size for name, array in params.items() if re.search(leaves, name)]:
             facts[fact] = statistics.mode(sizes)
     if "embed/patch/kernel" in params:
-        facts["patch"] = math.isqrt(params["embed/patch/kernel"].shape[0] // 3)
-        if "embed/position" in params:
+        facts["patch"] = max(math.isqrt(params["embed/patch/kernel"].shape[0] // 3), 1)
+        if "embed/position" in params and params["embed/position"].ndim == 3:
             cells = params["embed/position"].shape[1] - 1 - facts["distilled"]
             facts["image_size"] = facts["patch"] * math.isqrt(max(cells, 1))
     # ViT-T to ViT-L have heads of 64; the larger published models have other widths, which shapes cannot tell.
@@ -224,7 +224,7 @@ def _hf_facts(weights: Weights) -> dict[str, Any]:
 
     if config:
         family = config.get("model_type")
-        if family not in _HF_FAMILIES:
+        if family not in list(_HF_FAMILIES):
             raise InputError(
                 f"{weights.source}: model_type {family!r} is not supported, only {', '.join(_HF_FAMILIES)} are"
             )
@@ -240,16 +240,30 @@ def _hf_facts(weights: Weights) -> dict[str, Any]:
     facts = dict(_HF_FAMILIES[family])
     # Without a teacher's head, Hugging Face's DeiT classifies from the class token alone.
     facts["dist_head"] = not (facts["distilled"] and has(r"^classifier\.weight"))
-    facts |= {ours: _integer(weights, key) for key, ours in _HF_CONFIG.items() if key in config}
+    facts |= {ours: _integer(weights, config, key) for key, ours in _HF_CONFIG.items() if key in config}
     if "layer_norm_eps" in config:
-        facts["eps"] = float(config["layer_norm_eps"])
+        facts["eps"] = config["layer_norm_eps"]
+        if not isinstance(facts["eps"], int | float):
+            raise InputError(f"{weights.source}: config.json has layer_norm_eps={facts['eps']!r}, expected a number")
     if "qkv_bias" in config:
         facts["qkv_bias"] = bool(config["qkv_bias"])
     return facts
 
 
-def _integer(weights: Weights, key: str) -> int:
-    value = weights.config[key]
+def section(weights: Weights, key: str) -> dict[str, Any]:
+    """Returns a JSON object inside the config; empty where there is none.
+
+    Raises:
+        InputError: There is something else.
+    """
+    value = weights.config.get(key) or {}
+    if not isinstance(value, dict):
+        raise InputError(f"{weights.source}: config.json has {key}={value!r}, expected an object")
+    return value
+
+
+def _integer(weights: Weights, table: dict[str, Any], key: str) -> int:
+    value = table[key]
     # Sizes may be written as [side, side].
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
@@ -261,7 +275,7 @@ def _integer(weights: Weights, key: str) -> int:
 
 
 def _hf_labels(weights: Weights) -> tuple[str, ...]:
-    table = weights.config.get("id2label") or {}
+    table = section(weights, "id2label")
     try:
         labels = tuple(str(table[key]) for key in sorted(table, key=int))
     except (TypeError, ValueError):
@@ -297,22 +311,24 @@ def _timm_facts(weights: Weights) -> dict[str, Any]:
     if "architecture" not in config:
         raise InputError(f"{weights.source}: the tensors are timm's, but config.json has no 'architecture'")
     pool = config.get("global_pool", "token")
-    if pool not in _TIMM_FEATURES:
+    if pool not in list(_TIMM_FEATURES):
         raise InputError(
             f"{weights.source}: global_pool {pool!r} is not supported, only {', '.join(_TIMM_FEATURES)} are"
         )
     facts["features"] = _TIMM_FEATURES[pool]
-    arguments = config.get("model_args") or {}
+    arguments = section(weights, "model_args")
     if "quickgelu" in str(config["architecture"]) or {"act_layer", "norm_layer"} & arguments.keys():
         raise InputError(f"{weights.source}: another activation or normalisation than timm's default is not supported")
     if "num_heads" in arguments:
-        facts["heads"] = int(arguments["num_heads"])
+        facts["heads"] = _integer(weights, arguments, "num_heads")
     return facts
 
 
 def _timm_labels(weights: Weights) -> tuple[str, ...]:
-    config = weights.config
-    return tuple(map(str, config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names") or ()))
+    labels = weights.config.get("label_names") or section(weights, "pretrained_cfg").get("label_names") or []
+    if not isinstance(labels, list):
+        raise InputError(f"{weights.source}: label_names of config.json must be a list")
+    return tuple(map(str, labels))
 
 
 # --- AugReg .npz -----------------------------------------------------------------------------------------------------

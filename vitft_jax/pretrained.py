@@ -74,13 +74,16 @@ def load(source: str, revision: str = "", name: str = "") -> Pretrained:
     renamed = naming.rename(weights, scheme)
     params, problems = renamed.params, renamed.problems
     model = {**naming.read_shapes(params), **scheme.facts(weights)}
-    image_size, qkv_bias = model.pop("image_size", 0), model.pop("qkv_bias")
+    image_size, qkv_bias = model.pop("image_size", None), model.pop("qkv_bias")
     _check_whole(model, weights.source, problems)
+    image_size = image_size or model["patch"]
     if image_size % model["patch"]:
         raise InputError(f"{weights.source}: image size {image_size} is not a multiple of the patch {model['patch']}")
     if not qkv_bias:
         zeros = np.zeros(model["width"], np.float32)
-        params |= {f"blocks_{i}/attn/{r}/bias": zeros for i in range(model["depth"]) for r in ("query", "key", "value")}
+        biases = {f"blocks_{i}/attn/{r}/bias": zeros for i in range(model["depth"]) for r in ("query", "key", "value")}
+        problems += [f"unexpected {renamed.origin[n]}: qkv_bias is false" for n in params if n in biases]
+        params |= biases
 
     outputs = params["head/kernel"].shape[-1] if "head/kernel" in params else 0
     expected = jax.eval_shape(
@@ -89,7 +92,7 @@ def load(source: str, revision: str = "", name: str = "") -> Pretrained:
         jax.ShapeDtypeStruct((1, image_size, image_size, 3), "float32"),
     )
     problems += _differences(params, expected["params"], renamed.origin)
-    problems += [f"{renamed.origin[n]} is not finite" for n, leaf in params.items() if not np.isfinite(leaf).all()]
+    problems += [f"{name} is not finite" for name, tensor in weights.tensors.items() if not np.isfinite(tensor).all()]
     classes = scheme.labels(weights) if outputs else ()
     if classes and len(classes) != outputs:
         problems.append(f"config.json names {len(classes)} classes, the head has {outputs}")
@@ -191,7 +194,7 @@ def _confirm(name: str, model: dict[str, Any], source: str) -> None:
 
 def _normalisation(weights: weightfiles.Weights, default: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation as the file states them, else as the family had them."""
-    stated = weights.config.get("pretrained_cfg") or {}
+    stated = naming.section(weights, "pretrained_cfg")
     mean = weights.preprocessor.get("image_mean") or stated.get("mean") or default[0]
     std = weights.preprocessor.get("image_std") or stated.get("std") or default[1]
     if weights.preprocessor.get("do_normalize") is False:
@@ -200,6 +203,6 @@ def _normalisation(weights: weightfiles.Weights, default: Any) -> tuple[tuple[fl
         mean, std = tuple(map(float, mean)), tuple(map(float, std))
     except (TypeError, ValueError):
         mean = std = ()
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+    if len(mean) != 3 or len(std) != 3 or not np.isfinite(mean + std).all() or min(std) <= 0:
         raise InputError(f"{weights.source}: mean and std of the input must be three numbers each, std above 0")
     return mean, std

@@ -32,15 +32,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes strict JSON; a number that is not finite becomes null."""
-    write_text(path, json.dumps(_finite(value), indent=2) + "\n")
+    """Writes JSON whole or not at all; a number that is not finite becomes null."""
+    write_text(path, json.dumps(finite(value), indent=2) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for every number that is not finite, as JSON has no NaN."""
     if isinstance(value, Mapping):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: finite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -64,7 +65,7 @@ class MetricsLog:
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """Appends one line."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite({"step": step, "split": split, **values})) + "\n")
+            file.write(json.dumps(finite({"step": step, "split": split, **values})) + "\n")
 
 
 class Screen:

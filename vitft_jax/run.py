@@ -100,7 +100,7 @@ def build(config: configs.Config, dataset: data.Dataset) -> Built:
     steps_in_all = total_steps(config, dataset)
     trains = _trains(config, method)
     trainable, frozen = tree.split(variables, trains)
-    if not trainable:
+    if "params" not in trainable:
         raise InputError(
             f"config key train.trainable={config.train.trainable!r} matches no parameter: nothing to train"
         )

@@ -47,18 +47,20 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     for split in ("val", "test"):
         results[split], out = evaluate_split(folder, built, trainable, dataset, split, config)
         speed = out.images_per_second
-    summary = {
-        "metrics": results,
-        "best_step": best_step,
-        "parameters": built.parameters,
-        "bytes": {
-            "trainable": tree.nbytes(built.trainable),
-            "frozen": tree.nbytes(built.frozen),
-            "checkpoint": _folder_bytes(folder.checkpoints / str(best_step)),
-        },
-        "timing": {**timing, "eval_images_per_second": speed, "seconds": time.perf_counter() - started},
-        "environment": {**report.environment(), "weights": folder.resolved()["weights"]},
-    }
+    summary = report.finite(
+        {
+            "metrics": results,
+            "best_step": best_step,
+            "parameters": built.parameters,
+            "bytes": {
+                "trainable": tree.nbytes(built.trainable),
+                "frozen": tree.nbytes(built.frozen),
+                "checkpoint": _folder_bytes(folder.checkpoints / str(best_step)),
+            },
+            "timing": {**timing, "eval_images_per_second": speed, "seconds": time.perf_counter() - started},
+            "environment": {**report.environment(), "weights": folder.resolved()["weights"]},
+        }
+    )
     report.write_json(folder.summary, summary)
     report.print_results(f"best checkpoint (step {best_step}) of {workdir}", results)
     return summary
@@ -107,8 +109,8 @@ def _fit(
                 log.write(done, "train", means)
             if epoch_ends:
                 meter.pause()
-                loop = _validate(config, dataset, built, state, loop, log, screen, done)
-                checkpoints.save(state, {**loop, "input": batches.get_state()}, loop["score"])
+                loop, rank = _validate(config, dataset, built, state, loop, log, screen, done)
+                checkpoints.save(state, {**loop, "input": batches.get_state()}, rank)
                 meter.resume()
     return {"train_images_per_second": meter.images_per_second, "steps": done}
 
@@ -122,21 +124,22 @@ def _validate(
     log: report.MetricsLog,
     screen: report.Screen,
     done: int,
-) -> dict[str, Any]:
-    """Evaluates the validation split; returns what the loop knows afterwards."""
+) -> tuple[dict[str, Any], list[float]]:
+    """Evaluates the validation split; returns what the loop knows afterwards, and the rank of this checkpoint."""
     out = outputs(built.program, state.trainable, built.frozen, dataset, "val", config)
     values = {"loss": out.loss, **metrics.compute(out.probabilities, out.labels, dataset.multilabel)}
     log.write(done, "val", values)
     name = config.train.best_metric
-    score = -values[name] if name == "loss" else values[name]
-    better = loop["best"] is None or score > loop["best"]
+    # Where images are few the metric saturates; of equal values the lower loss is the better model.
+    rank = [-values[name] if name == "loss" else values[name], -out.loss]
+    better = loop["best"] is None or rank > loop["best"]
     waited = 0 if better else loop["waited"] + 1
     stopped = bool(config.train.patience) and waited >= config.train.patience
     shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
     screen.say(f"step {done}  val  {shown}{'  (best so far)' if better else ''}")
     if stopped:
         screen.say(f"stops: {waited} epochs without a better {name}")
-    return {"best": score if better else loop["best"], "waited": waited, "stopped": stopped, "score": score}
+    return {"best": rank if better else loop["best"], "waited": waited, "stopped": stopped}, rank
 
 
 class Meter:

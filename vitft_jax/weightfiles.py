@@ -128,7 +128,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], bytes]:
     """
     data = path.read_bytes()
     try:
-        tensors = safetensors.deserialize(data)
+        # Sorted, since older versions of safetensors return them in another order every time.
+        tensors = sorted(safetensors.deserialize(data), key=lambda item: item[0])
     except safetensors.SafetensorError as error:
         if data.startswith(b"version https://git-lfs"):
             raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`") from error

@@ -1,7 +1,6 @@
 """Parity with live random models of transformers and timm, with torch's interpolation, and with real weights."""
 
 import importlib.util
-import json
 import os
 from functools import cache
 from pathlib import Path
@@ -22,7 +21,6 @@ from vitft_jax.vit import ViT  # noqa: E402
 
 pytestmark = pytest.mark.interop
 ROOT = Path(__file__).resolve().parents[2]
-FOCUS = ROOT.parent / "shared" / "weights" / "vit_s14_focus"
 TOLERANCE = 1e-4  # of logits whose standard deviation is about 1
 
 
@@ -177,14 +175,11 @@ def test_resizing_is_torch_interpolate(old, antialias):
 
 
 @pytest.mark.parametrize("size", [224, 518])
-def test_real_weights_have_the_features_of_transformers(size):
-    if not FOCUS.is_dir():
-        pytest.skip(f"no real weights at {FOCUS}")
-    loaded = pretrained.load(str(FOCUS), name="dinov2_small_patch14")
+def test_real_weights_have_the_features_of_transformers(size, focus):
+    loaded = pretrained.load(str(focus), name="dinov2_small_patch14")
     assert (loaded.image_size, loaded.model["eps"], loaded.antialias) == (518, 1e-6, False)
-    assert json.loads((FOCUS / "config.json").read_text())["hidden_size"] == loaded.model["width"]
     images = np.random.default_rng(0).normal(size=(1, 3, size, size)).astype(np.float32)
-    model = transformers.Dinov2Model.from_pretrained(FOCUS, dtype=torch.float32).eval()
+    model = transformers.Dinov2Model.from_pretrained(focus, dtype=torch.float32).eval()
     with torch.no_grad():
         x = model(torch.tensor(images)).last_hidden_state
         expected = torch.cat([x[:, 0], x[:, 1:].mean(1)], 1).numpy()

@@ -154,7 +154,7 @@ def _check_columns(header: list[str], table: Path, label_columns: Sequence[str])
         if column not in header:
             hint = "separate the columns by commas" if len(header) == 1 else nearest(column, header)
             multi = "" if label_columns or column == "path" else " (for several 0/1 columns set data.labels)"
-            raise InputError(f"{table}: there is no column {column!r} among {', '.join(header)}; {hint}{multi}")
+            raise InputError(f"{table}: there is no column {column!r}; {hint}{multi}")
 
 
 def _inside(path: str, prefix: str, where: str, root: Path) -> str:

@@ -1,0 +1,238 @@
+"""The commands train and evaluate, end to end on tiny models: files, resume, bad input."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitft_jax import config as configs
+from vitft_jax import data, evaluate, run, step, train, tree
+from vitft_jax.checkpoint import Checkpoints
+from vitft_jax.errors import InputError
+
+
+def trained(workdir):
+    """The trainable leaves of the newest checkpoint."""
+    folder = run.Folder(workdir)
+    config = folder.config()
+    built = run.build(config, folder.dataset(config))
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        state, loop = checkpoints.restore(step.init_state(built.program, built.trainable))
+    return state, loop
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_lora_run_learns_and_writes_what_the_contract_says(tiny_config, tmp_path, capsys):
+    tiny_config.methods = ("lora",)
+    tiny_config.train.epochs = 6.0
+    summary = train.train(tiny_config, tmp_path / "run")
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.json", "run.json", "split.csv", "metrics.jsonl", "summary.json", "checkpoints",
+        "predictions_val.csv", "predictions_test.csv",
+    }  # fmt: skip
+    assert summary["metrics"]["test"]["accuracy"]["value"] >= 0.8  # brightness alone tells the classes apart
+    assert summary == json.loads((folder / "summary.json").read_text())
+    p = summary["parameters"]
+    assert p["trainable"] == 2 * 2 * (32 * 8 + 8 * 32) + 32 * 3 + 3
+    assert p["trainable_percent"] == pytest.approx(100 * p["trainable"] / p["total"])
+    assert summary["bytes"]["trainable"] == 4 * p["trainable"]
+    assert summary["timing"]["train_images_per_second"] > 0
+    assert summary["environment"]["weights"] == {"source": "random", "revision": "", "sha256": ""}
+    assert configs.from_json((folder / "config.json").read_text()) == tiny_config
+    written = lines(folder)
+    assert [e["step"] for e in written if e["split"] == "val"] == [3, 6, 9, 12, 15, 18]
+    assert {"loss", "grad_norm", "images_per_second"} <= written[0].keys()
+    rows = list(csv.DictReader((folder / "predictions_test.csv").open()))
+    assert len(rows) == 6
+    right = np.mean([row["true"] == row["predicted"] for row in rows])
+    assert right == summary["metrics"]["test"]["accuracy"]["value"]
+    assert all(abs(sum(float(row[f"p:{c}"]) for c in ("dark", "grey", "light")) - 1) < 1e-5 for row in rows)
+    assert "step 3  val" in capsys.readouterr().out
+
+
+def test_checkpoints_hold_what_trains_and_nothing_else(tiny_config, tmp_path):
+    tiny_config.methods = ("lora",)
+    train.train(tiny_config, tmp_path / "run")
+    state, _ = trained(tmp_path / "run")
+    names = set(tree.flatten(state.trainable))
+    assert {n.split("/")[0] for n in names} == {"lora", "params"}
+    assert {n for n in names if n.startswith("params")} == {"params/head/bias", "params/head/kernel"}
+    stored = sum(f.stat().st_size for f in (tmp_path / "run" / "checkpoints").rglob("*") if f.is_file())
+    assert stored < 2 * (3 * tree.nbytes(state.trainable) + 100_000)
+
+
+@pytest.mark.parametrize("cut", ["between epochs", "within an epoch"])
+def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch, cut):
+    tiny_config.methods = ("lora",)
+    tiny_config.lora.dropout = 0.1
+    tiny_config.train.epochs = 3.0
+    train.train(tiny_config, tmp_path / "whole")
+    real, calls = step.train_step, []
+
+    def dies(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == (7 if cut == "between epochs" else 6):
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(step, "train_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny_config, tmp_path / "cut")
+    monkeypatch.setattr(step, "train_step", real)
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    train.train(tiny_config, tmp_path / "cut")
+
+    (a, loop_a), (b, loop_b) = trained(tmp_path / "whole"), trained(tmp_path / "cut")
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert loop_a == loop_b
+    for split in ("val", "test"):
+        name = f"predictions_{split}.csv"
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    strip = [{k: v for k, v in e.items() if k != "images_per_second"} for e in lines(tmp_path / "whole")]
+    assert strip == [{k: v for k, v in e.items() if k != "images_per_second"} for e in lines(tmp_path / "cut")]
+
+
+def test_a_finished_run_trains_no_further(tiny_config, tmp_path, monkeypatch):
+    first = train.train(tiny_config, tmp_path / "run")
+    monkeypatch.setattr(step, "train_step", None)
+    assert train.train(tiny_config, tmp_path / "run")["metrics"] == first["metrics"]
+
+
+def test_evaluate_gives_the_numbers_of_training_from_the_folder_alone(tiny_config, tmp_path):
+    summary = train.train(tiny_config, tmp_path / "run")
+    assert evaluate.evaluate(tmp_path / "run", "test") == summary["metrics"]["test"]
+    results = evaluate.evaluate(tmp_path / "run", "train")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]["train"] == results
+    assert len((tmp_path / "run" / "predictions_train.csv").read_text().splitlines()) == 1 + 18
+
+
+def test_full_and_probe_train_what_they_say(tiny_config, tmp_path):
+    probe = train.train(tiny_config, tmp_path / "probe")
+    assert probe["parameters"]["trainable"] == 32 * 3 + 3
+    tiny_config.train.trainable = "."
+    full = train.train(tiny_config, tmp_path / "full")
+    assert full["parameters"]["trainable"] == full["parameters"]["total"] == probe["parameters"]["total"]
+
+
+def test_early_stopping_and_best_checkpoint(tiny_config, tmp_path):
+    tiny_config.train.lr = 0.0  # nothing improves after the first epoch
+    tiny_config.train.epochs = 9.0
+    tiny_config.train.patience = 2
+    summary = train.train(tiny_config, tmp_path / "run")
+    assert summary["timing"]["steps"] == 9
+    assert summary["best_step"] == 3
+    kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [3, 9]
+
+
+def test_multilabel_table_end_to_end(tiny_config, image_folder, tmp_path):
+    table = tmp_path / "labels.csv"
+    names = sorted(p.relative_to(image_folder).as_posix() for p in image_folder.rglob("*.png"))
+    rows = [f"{n},{int(not n.startswith('dark'))},{int(n.startswith('light'))}" for n in names]
+    table.write_text("path,visible,bright\n" + "\n".join(rows) + "\n")
+    tiny_config.data.table, tiny_config.data.labels = str(table), ("visible", "bright")
+    tiny_config.methods = ("lora",)
+    tiny_config.train.class_weights = True
+    tiny_config.train.epochs = 6.0
+    summary = train.train(tiny_config, tmp_path / "run")
+    assert set(summary["metrics"]["test"]) == {"subset_accuracy", "f1_macro", "f1_micro", "auroc"}
+    assert summary["metrics"]["test"]["auroc"]["value"] >= 0.8
+    header = (tmp_path / "run" / "predictions_test.csv").read_text().splitlines()[0]
+    assert header == "path,group,true:visible,true:bright,predicted:visible,predicted:bright,p:visible,p:bright"
+
+
+def test_class_weights():
+    def of(labels, multilabel):
+        n = len(labels)
+        names = tuple(map(str, range(n)))
+        dataset = data.Dataset(("a", "b"), multilabel, names, np.array(labels), names, ("train",) * n, None)
+        return run.class_weights(dataset)
+
+    assert of([0, 0, 0, 1], False) == pytest.approx((4 / (2 * 3), 4 / 2))
+    assert of([[1, 0], [1, 1], [1, 0], [0, 0]], True) == pytest.approx((1 / 3, 3))
+
+
+def refused(config, workdir, monkeypatch):
+    """The message with which a run is refused, before any step."""
+    monkeypatch.setattr(step, "train_step", None)
+    with pytest.raises(InputError) as error:
+        train.train(config, workdir)
+    return str(error.value)
+
+
+def test_work_directory_of_another_run_or_of_no_run(tiny_config, tmp_path, monkeypatch):
+    train.train(tiny_config, tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    tiny_config.train.lr = 0.5
+    assert "holds another run; it differs in train.lr: 0.01 there, 0.5 here" in refused(
+        tiny_config, tmp_path / "run", monkeypatch
+    )
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("!")
+    assert "no run" in refused(tiny_config, tmp_path / "mine", monkeypatch)
+    (tmp_path / "file").write_text("!")
+    assert "is a file" in refused(tiny_config, tmp_path / "file", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.name", "vit_tiny_patch61", "did you mean 'vit_tiny_patch16'?"),
+        ("data.image_size", 18, "data.image_size=18: not a multiple of the patch size 4"),
+        ("train.trainable", "haed", "train.trainable='haed' matches no parameter"),
+        ("train.trainable", "(", "no regex"),
+        ("train.best_metric", "auc", "did you mean 'auroc'?"),
+        ("lora.targets", "blocks_9", "lora.targets matches no linear layer of the model; layers are blocks_0/attn/key"),
+        ("model.pretrained", "nowhere/at/all", "nowhere/at/all"),
+    ],
+)
+def test_bad_settings_are_refused_before_the_work_directory_is_made(
+    tiny_config, tmp_path, monkeypatch, key, value, message
+):
+    tiny_config.methods = ("lora",)
+    tiny_config.update_from_flattened_dict({key: value})
+    assert message in refused(tiny_config, tmp_path / "run", monkeypatch)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_image_is_named_before_training(tiny_config, image_folder, tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(image_folder, tmp_path / "images")
+    (tmp_path / "images" / "grey" / "3.png").write_bytes(b"no image")
+    tiny_config.data.path = str(tmp_path / "images")
+    assert "grey/3.png" in refused(tiny_config, tmp_path / "run", monkeypatch)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_added_to_the_folder_do_not_change_a_run_that_was_started(tiny_config, image_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(image_folder, tmp_path / "images")
+    tiny_config.data.path = str(tmp_path / "images")
+    train.train(tiny_config, tmp_path / "run")
+    before = (tmp_path / "run" / "predictions_test.csv").read_bytes()
+    Image.new("L", (20, 20), 200).save(tmp_path / "images" / "light" / "new.png")
+    train.train(tiny_config, tmp_path / "run")
+    assert (tmp_path / "run" / "predictions_test.csv").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path):
+    tiny_config.train.lr = 1e30
+    tiny_config.train.trainable = "."
+    tiny_config.train.epochs = 4.0
+    with pytest.raises(InputError, match=r"loss is (nan|inf).*lower train.lr"):
+        train.train(tiny_config, tmp_path / "run")
+
+
+def test_evaluate_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(InputError, match="no run here"):
+        evaluate.evaluate(tmp_path)
