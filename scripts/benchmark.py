@@ -278,7 +278,9 @@ def main() -> None:
 
     versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers", "peft", "timm")}
     cores = len(os.sched_getaffinity(0))
-    print(f"{options.model}, {options.size} px, batch {options.batch}, {options.dtype}; {platform.machine()}, {cores} cores, ")
+    print(
+        f"{options.model}, {options.size} px, batch {options.batch}, {options.dtype}; {platform.machine()}, {cores} cores, "
+    )
     print(f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "\n")
     print("| task | contestant | images/s (quartiles) | ours is faster by | peak MiB | start-up s |")
     print("|---|---|---|---|---|---|")

@@ -6,6 +6,8 @@ is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv` a
 
 import json
 import math
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -120,9 +122,7 @@ def build(config: configs.Config, dataset: data.Dataset) -> Built:
     return Built(program, trainable, frozen, weights, steps_in_all)
 
 
-def _trains(config: configs.Config, method: methods.Method) -> Any:
-    import re
-
+def _trains(config: configs.Config, method: methods.Method) -> Callable[[str], bool]:
     try:
         chosen = re.compile(config.train.trainable)
     except re.error as error:
@@ -138,7 +138,8 @@ def _trains(config: configs.Config, method: methods.Method) -> Any:
 def class_weights(dataset: data.Dataset) -> tuple[float, ...]:
     """Loss weights from the training split.
 
-    Classes are weighed by n / (C n_c), so the mean over the training images is 1; positives of a label by negatives / positives.
+    Classes are weighed by n / (C n_c), so the mean over the training images is 1; the positives of a label by
+    negatives / positives.
     """
     labels = dataset.labels[dataset.indices("train")]
     if dataset.multilabel:

@@ -20,7 +20,7 @@ from vitft_jax.errors import InputError, nearest
 from vitft_jax.evaluate import evaluate_split, outputs
 
 LOG_EVERY = 10  # steps between lines in metrics.jsonl
-_PROCESS_START = time.perf_counter()
+_IMPORTED = time.perf_counter()
 
 
 def train(config: Config, workdir: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _fit(
             meter.add(values)
             if done == first + 1:
                 jax.block_until_ready(state)
-                screen.say(f"first step done {time.perf_counter() - _PROCESS_START:.1f} s after start")
+                screen.say(f"first step done {time.perf_counter() - _IMPORTED:.1f} s after start")
             epoch_ends = done % per_epoch == 0 or done == built.total_steps
             speed = meter.images_per_second
             left = (built.total_steps - done) * config.train.batch_size / speed

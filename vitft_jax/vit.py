@@ -1,7 +1,7 @@
-"""Vision Transformers as plain Flax modules: ViT (Dosovitskiy et al. 2020), DeiT (Touvron et al. 2020), and the
-LayerScale variants DeiT-III (Touvron et al. 2022) and DINOv2 (Oquab et al. 2023).
+"""Vision Transformers as plain Flax modules.
 
-The model names no fine-tuning method. Methods come in through two doors: `dot_general_cls`, the constructor of the
+ViT (Dosovitskiy et al. 2020), DeiT (Touvron et al. 2020), and the LayerScale variants DeiT-III (Touvron et al. 2022) and
+DINOv2 (Oquab et al. 2023). The model names no fine-tuning method. Methods come in through two doors: `dot_general_cls`, the constructor of the
 product in every linear layer, and `select`, which chooses the tokens that go on after a block.
 """
 
@@ -14,6 +14,7 @@ from flax.typing import Dtype
 from jax import Array
 
 from vitft_jax import attention
+from vitft_jax.gelu import gelu
 
 DotGeneralCls = Callable[[], Callable[..., Array]]
 FEATURES = ("cls", "mean", "cls+mean")
@@ -47,6 +48,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, rows: bool) -> tuple[Array, Array | None]:
+        """Maps tokens `(B, N, D)` to `(B, N, D)`, and where `rows`, to the prefix tokens' attention `(B, H, P, N)`."""
         batch, tokens, width = x.shape
 
         def project(name: str) -> Array:
@@ -68,12 +70,14 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Maps tokens `(B, N, D)` to `(B, N, D)`."""
+
         def dense(features: int, name: str) -> nn.Dense:
             return nn.Dense(
                 features, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name=name
             )
 
-        return dense(x.shape[-1], "fc2")(nn.gelu(dense(self.hidden, "fc1")(x), approximate=False))
+        return dense(x.shape[-1], "fc2")(gelu(dense(self.hidden, "fc1")(x)))
 
 
 class LayerScale(nn.Module):
@@ -83,6 +87,7 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Scales the channels of tokens `(B, N, D)`."""
         return x * self.param("scale", nn.initializers.constant(1e-5), x.shape[-1:]).astype(self.dtype)
 
 
@@ -99,6 +104,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, rows: bool = False) -> tuple[Array, Array | None]:
+        """Maps tokens `(B, N, D)` to tokens and, where `rows`, the prefix tokens' attention `(B, H, P, N)`."""
+
         def scale(y: Array, name: str) -> Array:
             return LayerScale(self.dtype, name=name)(y) if self.layer_scale else y
 
@@ -125,6 +132,7 @@ class Embed(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> Array:
+        """Maps images `(B, H, W, 3)` to tokens `(B, P + HW / patch^2, D)`."""
         batch, height, width, channels = images.shape
         if height % self.patch or width % self.patch:
             raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {self.patch}")

@@ -13,7 +13,6 @@ from typing import Any
 import optax
 from jax import Array, lax
 
-from vitft_jax import tree
 from vitft_jax.errors import InputError, nearest
 
 Variables = Mapping[str, Any]

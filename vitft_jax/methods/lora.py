@@ -8,6 +8,7 @@ alpha / sqrt(r); LoRA+ (Hayou et al. 2024) trains B at a higher rate than A.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -56,8 +57,6 @@ class Settings:
 
     def rank_at(self, path: str) -> int:
         """Rank of the adapter at the linear layer `path`; 0 where there is none."""
-        import re
-
         return tree.first_match(self.rank_pattern, path, self.rank) if re.search(self.targets, path) else 0
 
     def scale(self, rank: int) -> float:
@@ -76,6 +75,7 @@ class LoraDot(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, kernel: Array, dimensions: Any, **kwargs: Any) -> Array:
+        """Maps x `(..., in)` and a kernel `(in, out)` to `(..., out)`."""
         y = self.base()(x, kernel, dimensions, **kwargs)
         rank = self.settings.rank_at("/".join(self.path[:-1]))
         if not rank:
@@ -97,8 +97,9 @@ def delta(adapter: dict[str, Array], settings: Settings) -> Array:
 
 
 def merge(variables: Variables, settings: Settings) -> Variables:
-    """Folds the adapters into the kernels: W + s A B. The input is left as it is, so keep it to go back: subtracting
-    would be exact only up to rounding.
+    """Folds the adapters into the kernels: W + s A B.
+
+    The variables given stay as they are: keep them to go back, since subtracting is exact only up to rounding.
     """
     leaves = tree.flatten(variables["params"])
     for name in (n for n in tree.flatten(variables[COLLECTION]) if n.endswith("/a")):
@@ -129,8 +130,6 @@ def method(config: Any) -> Method:
     Raises:
         InputError: A setting is out of range, or a regex does not compile.
     """
-    import re
-
     c = config.lora
     if c.rank < 1 or any(rank < 0 for _, rank in c.rank_pattern):
         raise InputError(

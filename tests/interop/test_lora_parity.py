@@ -1,0 +1,94 @@
+"""LoRA against PEFT on the same random weights: logits, gradients and the merged kernels."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import peft_names
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+from safetensors.numpy import load_file  # noqa: E402
+
+from vitft_jax import config as configs  # noqa: E402
+from vitft_jax import methods, tree  # noqa: E402
+
+pytestmark = pytest.mark.interop
+CASES = {  # our settings, PEFT's settings
+    "qv": ({"targets": "qv", "rank": 4, "alpha": 8.0}, {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}),
+    "qkv, rsLoRA": (
+        {"targets": "qkv", "rank": 3, "alpha": 5.0, "rs": True},
+        {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 3, "lora_alpha": 5, "use_rslora": True},
+    ),
+    "encoder, rank pattern": (
+        {"targets": "encoder", "rank": 2, "alpha": 7.0, "rank_pattern": (("blocks_0/mlp/fc1", 6),)},
+        {
+            "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
+            "r": 2,
+            "lora_alpha": 7,
+            "rank_pattern": {"layers.0.mlp.fc1": 6},
+        },
+    ),
+}
+
+
+def both(case, tmp_path):
+    """(method, our model, our variables, PEFT's model) with the same random weights."""
+    ours, theirs = CASES[case]
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
+        num_labels=5,
+    )  # fmt: skip
+    base = transformers.ViTForImageClassification(config)
+    base.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(**theirs)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2)
+    adapted.save_pretrained(tmp_path / "adapter")
+    source = peft_names.load_base(
+        load_file(tmp_path / "base" / "model.safetensors"), (tmp_path / "base" / "config.json").read_text()
+    )
+    adapter = peft_names.adapter_tree(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    settings = configs.default()
+    settings.methods = ("lora",)
+    settings.lora.update(ours)
+    method = methods.load(settings)
+    return method, *peft_names.build(method, source, adapter, 16), adapted
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients(case, tmp_path):
+    _, model, variables, theirs = both(case, tmp_path)
+    images, labels = torch.randn(3, 3, 16, 16), torch.tensor([0, 3, 1])
+    logits = theirs(images).logits
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    expected = peft_names.adapter_tree({n: p.grad.numpy() for n, p in theirs.named_parameters() if "lora_" in n})
+
+    def loss(adapter):
+        out = model.apply({**variables, "lora": adapter}, images.numpy().transpose(0, 2, 3, 1))
+        return optax.softmax_cross_entropy_with_integer_labels(out, labels.numpy()).mean(), out
+
+    grads, ours = jax.jit(jax.grad(loss, has_aux=True))(variables["lora"])
+    np.testing.assert_allclose(ours, logits.detach().numpy(), atol=1e-5)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(expected)) > 1e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_merged_kernels(case, tmp_path):
+    method, _, variables, theirs = both(case, tmp_path)
+    merged = tree.flatten(method.merge(variables)["params"])
+    theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
+    expected = peft_names.load_base(
+        load_file(Path(tmp_path) / "merged" / "model.safetensors"), (tmp_path / "base" / "config.json").read_text()
+    )
+    for name, leaf in tree.flatten(expected.params).items():
+        np.testing.assert_allclose(merged[name], leaf, atol=1e-6, err_msg=name)

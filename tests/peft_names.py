@@ -1,0 +1,57 @@
+"""A PEFT adapter on a Hugging Face ViT as our variables; a test's own short reading of the names."""
+
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from vitft_jax import pretrained, tree, vit
+
+GOLDEN = Path(__file__).parent / "golden"
+PREFIX = "base_model.model."
+PATTERN = (("blocks_1/attn/query", 2),)
+LAYERS = {"q_proj": "attn/query", "k_proj": "attn/key", "v_proj": "attn/value", "o_proj": "attn/out"}
+
+
+def adapter_tree(tensors):
+    """PEFT's lora_A (r, in) and lora_B (out, r) as our a (in, r) and b (r, out)."""
+    leaves = {}
+    for name, tensor in tensors.items():
+        if match := re.search(r"layers\.(\d+)\.(?:attention|mlp)\.(\w+)\.lora_([AB])\.", name):
+            block, layer, matrix = match.groups()
+            leaves[f"blocks_{block}/{LAYERS.get(layer, f'mlp/{layer}')}/dot/{matrix.lower()}"] = jnp.asarray(tensor.T)
+    return tree.unflatten(leaves)
+
+
+def load_base(tensors, config):
+    """Our reading of a Hugging Face directory with these tensors."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(config)
+        save_file(tensors, Path(folder) / "model.safetensors")
+        return pretrained.load(folder)
+
+
+def separate(golden):
+    """The base model and the adapter of a golden file."""
+    tensors = {name.removeprefix("tensor/"): golden[name] for name in golden.files if name.startswith("tensor/")}
+    base = {name: tensor for name, tensor in tensors.items() if not name.startswith(PREFIX)}
+    adapter = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    return load_base(base, str(golden["config"])), adapter_tree(adapter)
+
+
+def build(method, source, adapter, size):
+    """The model with the method's products, and its variables."""
+    model = vit.ViT(**source.model, classes=source.params["head"]["bias"].size, dot_general_cls=method.dot_general_cls)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    assert jax.tree.map(jnp.shape, adapter) == jax.tree.map(jnp.shape, shapes["lora"])
+    return model, {"params": pretrained.fit(source, shapes["params"]), "lora": adapter}
+
+
+def largest_difference(method, source, adapter, images, logits):
+    """Between our logits for NCHW images and those given."""
+    model, variables = build(method, source, adapter, images.shape[-1])
+    return float(np.abs(jax.jit(model.apply)(variables, images.transpose(0, 2, 3, 1)) - logits).max())
