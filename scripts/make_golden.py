@@ -113,7 +113,9 @@ def peft_lora() -> tuple[dict, str, Callable]:
     """Returns a ViT's tensors with those of a random PEFT adapter (prefix `base_model.model.`), and the adapted model."""
     import peft
 
-    tensors, text, _ = hugging_face(transformers.ViTForImageClassification, transformers.ViTConfig(**HF, intermediate_size=64))
+    tensors, text, _ = hugging_face(
+        transformers.ViTForImageClassification, transformers.ViTConfig(**HF, intermediate_size=64)
+    )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(text)
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})

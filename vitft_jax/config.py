@@ -157,6 +157,16 @@ def check(config: Config) -> None:
         )
 
 
+def absolute(config: Config) -> Config:
+    """A copy whose paths hold in every working directory, as a run that is written down needs them."""
+    config = config.copy_and_resolve_references()
+    for group, key in (("data", "path"), ("model", "pretrained")):
+        path = Path(config[group][key]).expanduser()
+        if config[group][key] and path.exists():  # what is no path may be an id on the Hub
+            config[group][key] = str(path.resolve())
+    return config
+
+
 def to_json(config: Config) -> str:
     """The resolved config as JSON text."""
     return json.dumps(config.to_dict(), indent=2) + "\n"

@@ -123,7 +123,7 @@ def fit(pretrained: Pretrained, initial: tree.Tree) -> dict[str, Any]:
 
     Args:
         pretrained: What `load` returned.
-        initial: `params` of the model, freshly initialised.
+        initial: `params` of the model, freshly initialised, or their shapes as `jax.eval_shape` gives them.
 
     Returns:
         Nested dict with the leaves of `initial`; numpy arrays, but for heads taken from `initial`.

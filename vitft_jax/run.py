@@ -86,18 +86,8 @@ def build(config: configs.Config, dataset: data.Dataset) -> Built:
         dot_general_cls=method.dot_general_cls,
         select=method.select,
     )
-    variables = dict(jax.jit(model.init)(jax.random.key(config.seed), jnp.zeros((1, size, size, 3))))
-    for collection in method.collections:
-        if collection not in variables:
-            layers = sorted(
-                n.removesuffix("/kernel") for n in tree.flatten(variables["params"]) if n.endswith("/kernel")
-            )
-            raise InputError(
-                f"{collection}.targets matches no linear layer of the model; layers are {', '.join(layers)}"
-            )
-    if source is not None:
-        variables["params"] = pretrained.fit(source, variables["params"])
-    variables = method.prepare(variables)
+    # On the device once: numpy arrays would be copied there at every step.
+    variables = jax.device_put(method.prepare(_initial(model, config, source, method)))
 
     steps_in_all = total_steps(config, dataset)
     trains = _trains(config, method)
@@ -120,6 +110,25 @@ def build(config: configs.Config, dataset: data.Dataset) -> Built:
     )
     weights = Weights(source.source, source.revision, source.sha256) if source else Weights("random", "", "")
     return Built(program, trainable, frozen, weights, steps_in_all)
+
+
+def _initial(
+    model: ViT, config: configs.Config, source: pretrained.Pretrained | None, method: methods.Method
+) -> dict[str, Any]:
+    """Variables of the model: pretrained where there is something pretrained, fresh elsewhere."""
+    key, images = jax.random.key(config.seed), jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
+    shapes = dict(jax.eval_shape(model.init, key, images))
+    for collection in method.collections:
+        if collection not in shapes:
+            layers = [n.removesuffix("/kernel") for n in tree.flatten(shapes["params"]) if n.endswith("/kernel")]
+            raise InputError(
+                f"{collection}.targets matches no linear layer of the model; layers are {', '.join(sorted(layers))}"
+            )
+    known = {} if source is None else tree.flatten({"params": pretrained.fit(source, shapes["params"])})
+    known = {name: leaf for name, leaf in known.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
+    # Only what is missing is drawn: to compile the draws of a whole model takes seconds.
+    fresh = tree.flatten(jax.jit(lambda key: tree.split(model.init(key, images), lambda n: n not in known)[0])(key))
+    return tree.unflatten({name: known[name] if name in known else fresh[name] for name in tree.flatten(shapes)})
 
 
 def _trains(config: configs.Config, method: methods.Method) -> Callable[[str], bool]:

@@ -1,7 +1,9 @@
 """Vision Transformers as plain Flax modules.
 
 ViT (Dosovitskiy et al. 2020), DeiT (Touvron et al. 2020), and the LayerScale variants DeiT-III (Touvron et al. 2022) and
-DINOv2 (Oquab et al. 2023). The model names no fine-tuning method. Methods come in through two doors: `dot_general_cls`, the constructor of the
+DINOv2 (Oquab et al. 2023).
+
+The model names no fine-tuning method. Methods come in through two doors: `dot_general_cls`, the constructor of the
 product in every linear layer, and `select`, which chooses the tokens that go on after a block.
 """
 

@@ -20,7 +20,10 @@ from vitft_jax import methods, tree  # noqa: E402
 
 pytestmark = pytest.mark.interop
 CASES = {  # our settings, PEFT's settings
-    "qv": ({"targets": "qv", "rank": 4, "alpha": 8.0}, {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8}),
+    "qv": (
+        {"targets": "qv", "rank": 4, "alpha": 8.0},
+        {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8},
+    ),
     "qkv, rsLoRA": (
         {"targets": "qkv", "rank": 3, "alpha": 5.0, "rs": True},
         {"target_modules": ["q_proj", "k_proj", "v_proj"], "r": 3, "lora_alpha": 5, "use_rslora": True},

@@ -66,7 +66,9 @@ def test_logits_equal_those_of_peft(size):
     with np.load(peft_names.GOLDEN / "lora.npz") as golden:
         source, adapter = peft_names.separate(golden)
         method = methods.load(settings(rank=4, alpha=6.0, rs=True, targets="encoder", rank_pattern=peft_names.PATTERN))
-        difference = peft_names.largest_difference(method, source, adapter, golden[f"image/{size}"], golden[f"logits/{size}"])
+        difference = peft_names.largest_difference(
+            method, source, adapter, golden[f"image/{size}"], golden[f"logits/{size}"]
+        )
     assert difference < 1e-5
 
 
@@ -168,7 +170,7 @@ def test_bad_settings_are_refused(changes, message):
 def test_unknown_and_repeated_methods_are_refused():
     config = configs.default()
     config.methods = ("lara",)
-    with pytest.raises(InputError, match="'lara'.*did you mean 'lora'"):
+    with pytest.raises(InputError, match=r"'lara'.*did you mean 'lora'"):
         methods.load(config)
     config.methods = ("lora", "lora")
     with pytest.raises(InputError, match="twice"):
