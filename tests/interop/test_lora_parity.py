@@ -1,6 +1,5 @@
 """LoRA against PEFT on the same random weights: logits, gradients and the merged kernels."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -9,7 +8,6 @@ import optax
 import peft_names
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

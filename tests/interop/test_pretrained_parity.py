@@ -1,7 +1,6 @@
 """Parity with live random models of transformers and timm, with torch's interpolation, and with real weights."""
 
 import importlib.util
-import os
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
