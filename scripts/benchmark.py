@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                                # forward, lora, full: ViT-S/16, 224 px, batch 8, float32
     python scripts/benchmark.py lora --batch 16 --rounds 15
-    python scripts/benchmark.py attention                      # one attention layer, forward and backward
+    python scripts/benchmark.py attention gelu                 # a part of one layer, forward and backward
 
 Every contestant is a process of its own that compiles, warms up and then waits for its turn; the rounds go through all of
 them, so each ratio compares neighbours in time and a machine that slows down slows everybody. A row gives the median images
@@ -24,11 +24,12 @@ from typing import Any
 
 CLASSES, LEARNING_RATE, RANK, ALPHA = 3, 1e-4, 8, 16.0
 WARM_UP = 4
-TASKS = {  # task: contestants, ours first; ratios are to the second
+TASKS = {  # task: contestants, ours first
     "forward": ("ours", "transformers", "timm"),
     "lora": ("ours", "peft"),
     "full": ("ours", "transformers"),
-    "attention": ("ours", "autodiff", "torch-sdpa"),
+    "attention": ("ours", "autodiff", "torch"),
+    "gelu": ("ours", "autodiff", "torch"),
 }
 Turn = Callable[[], None]
 
@@ -136,48 +137,71 @@ def torch_peer(task: str, options: argparse.Namespace, timm: bool = False) -> Tu
     return turn
 
 
-def one_attention(name: str, options: argparse.Namespace) -> Turn:
-    """Forward and backward of one attention layer, from and to `(B, N, D)`."""
-    import numpy as np
-
+def layer_shape(options: argparse.Namespace) -> tuple[int, int, int, int]:
+    """Tokens, width, heads and hidden channels of a layer."""
     from vitft_jax.vit import VARIANTS
 
     shape = VARIANTS[options.model]
-    heads, width = shape["heads"], shape["width"]
-    tokens = (options.size // shape["patch"]) ** 2 + 1
-    q, k, v, g = np.random.default_rng(0).normal(size=(4, options.batch, tokens, width)).astype(np.float32)
-    if name == "torch-sdpa":
-        import torch
+    return (options.size // shape["patch"]) ** 2 + 1, shape["width"], shape["heads"], shape["hidden"]
 
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        leaves = [torch.tensor(x).requires_grad_() for x in (q, k, v)]
 
-        def turn() -> None:
-            split = [x.view(options.batch, tokens, heads, -1).transpose(1, 2) for x in leaves]
-            out = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).reshape(q.shape)
-            torch.autograd.grad(out, leaves, torch.tensor(g))
+def torch_layer(task: str, options: argparse.Namespace) -> Turn:
+    """Forward and backward of a part of a layer by torch."""
+    import torch
 
-        return turn
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    tokens, width, heads, hidden = layer_shape(options)
+    if task == "gelu":
+        x, g = torch.randn(2, options.batch, tokens, hidden)
+        x.requires_grad_()
+        return lambda: torch.autograd.grad(torch.nn.functional.gelu(x), x, g)
+    qkv = [torch.randn(options.batch, tokens, width).requires_grad_() for _ in range(3)]
+    g = torch.randn(options.batch, tokens, width)
+
+    def turn() -> None:
+        split = [x.view(options.batch, tokens, heads, -1).transpose(1, 2) for x in qkv]
+        out = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).reshape(g.shape)
+        torch.autograd.grad(out, qkv, g)
+
+    return turn
+
+
+def jax_layer(task: str, options: argparse.Namespace, autodiff: bool) -> Turn:
+    """Forward and backward of a part of a layer: ours, or JAX's own."""
     import jax
+    import jax.numpy as jnp
 
-    from vitft_jax import attention, runtime
+    from vitft_jax import attention, gelu, runtime
 
     runtime.start()
+    tokens, width, heads, hidden = layer_shape(options)
 
-    def layer(*qkv: Any) -> Any:
+    def attend(*qkv: Any) -> Any:
         split = [x.reshape(options.batch, tokens, heads, -1) for x in qkv]
-        if name == "autodiff":
-            return jax.nn.dot_product_attention(*split).reshape(q.shape)
-        return attention.attend(*(x.swapaxes(1, 2) for x in split)).swapaxes(1, 2).reshape(q.shape)
+        if autodiff:
+            return jax.nn.dot_product_attention(*split).reshape(qkv[0].shape)
+        return attention.attend(*(x.swapaxes(1, 2) for x in split)).swapaxes(1, 2).reshape(qkv[0].shape)
 
-    both = jax.jit(lambda q, k, v, g: jax.vjp(layer, q, k, v)[1](g))
-    return lambda: jax.block_until_ready(both(q, k, v, g))
+    def activate(x: Any) -> Any:
+        return jax.nn.gelu(x, approximate=False) if autodiff else gelu.gelu(x)
+
+    layer, inputs, channels = (activate, 1, hidden) if task == "gelu" else (attend, 3, width)
+    *x, g = jax.random.normal(
+        jax.random.key(0), (inputs + 1, options.batch, tokens, channels), jnp.dtype(options.dtype)
+    )
+
+    @jax.jit
+    def both(x: Any, g: Any) -> Any:
+        out, pull = jax.vjp(layer, *x)
+        return out, pull(g)
+
+    return lambda: jax.block_until_ready(both(x, g))
 
 
 def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
     """The work of one contestant as a function to be timed."""
-    if task == "attention":
-        return one_attention(name, options)
+    if task in ("attention", "gelu"):
+        return torch_layer(task, options) if name == "torch" else jax_layer(task, options, name == "autodiff")
     return ours(task, options) if name == "ours" else torch_peer(task, options, timm=name == "timm")
 
 

@@ -78,7 +78,21 @@ def test_features_read_class_token_and_patch_mean(features):
     assert out.shape == (2, 32 * len(features.split("+")))
     both = tiny(features="cls+mean", classes=0).apply(variables, jax.random.normal(jax.random.key(1), (2, 16, 16, 3)))
     expected = {"cls": both[:, :32], "mean": both[:, 32:], "cls+mean": both}[features]
-    np.testing.assert_array_equal(out, expected)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_the_last_block_computes_the_class_token_only_and_it_is_the_same():
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    variables = init(tiny(classes=0))
+    whole = tiny(classes=0, features="cls+mean").apply(variables, images)[:, :32]
+    np.testing.assert_allclose(tiny(classes=0).apply(variables, images), whole, atol=1e-5)
+    shapes = {
+        features: {v.aval.shape for e in jaxpr.eqns for v in e.outvars}
+        for features in ("cls", "cls+mean")
+        for jaxpr in [jax.make_jaxpr(tiny(classes=0, features=features, depth=1).apply)(variables, images)]
+    }
+    assert (2, 17, 64) in shapes["cls+mean"]
+    assert (2, 17, 64) not in shapes["cls"]
 
 
 def test_selector_sees_every_block_and_the_attention_rows_it_asks_for():
@@ -98,7 +112,7 @@ def test_selector_sees_every_block_and_the_attention_rows_it_asks_for():
     assert seen == [
         (0, (2, 17, 32), None, None),
         (1, (2, 13, 32), (2, 4, 1, 13), "dropped"),
-        (2, (2, 13, 32), None, "dropped"),
+        (2, (2, 1, 32), None, "dropped"),  # after the last block the class token alone is of use
     ]
 
 

@@ -49,16 +49,19 @@ class Attention(nn.Module):
     dot_general_cls: DotGeneralCls | None = None
 
     @nn.compact
-    def __call__(self, x: Array, rows: bool) -> tuple[Array, Array | None]:
-        """Maps tokens `(B, N, D)` to `(B, N, D)`, and where `rows`, to the prefix tokens' attention `(B, H, P, N)`."""
-        batch, tokens, width = x.shape
+    def __call__(self, x: Array, leave: int, rows: bool) -> tuple[Array, Array | None]:
+        """Attention of the first `leave` tokens to all of them.
 
-        def project(name: str) -> Array:
+        Maps tokens `(B, N, D)` to `(B, leave, D)`, and where `rows`, to the prefix tokens' attention `(B, H, P, N)`.
+        """
+        batch, _, width = x.shape
+
+        def project(name: str, x: Array) -> Array:
             y = nn.Dense(width, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name=name)(x)
-            return y.reshape(batch, tokens, self.heads, -1).transpose(0, 2, 1, 3)
+            return y.reshape(batch, x.shape[1], self.heads, -1).transpose(0, 2, 1, 3)
 
-        q, k, v = project("query"), project("key"), project("value")
-        y = attention.attend(q, k, v).transpose(0, 2, 1, 3).reshape(x.shape)
+        q, k, v = project("query", x[:, :leave]), project("key", x), project("value", x)
+        y = attention.attend(q, k, v).transpose(0, 2, 1, 3).reshape(batch, leave, width)
         y = nn.Dense(width, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name="out")(y)
         return y, attention.prefix_rows(q, k, self.prefix) if rows else None
 
@@ -105,15 +108,20 @@ class Block(nn.Module):
     dot_general_cls: DotGeneralCls | None = None
 
     @nn.compact
-    def __call__(self, x: Array, rows: bool = False) -> tuple[Array, Array | None]:
-        """Maps tokens `(B, N, D)` to tokens and, where `rows`, the prefix tokens' attention `(B, H, P, N)`."""
+    def __call__(self, x: Array, leave: int, rows: bool) -> tuple[Array, Array | None]:
+        """Maps tokens `(B, N, D)` to the first `leave` of them, which have seen all.
+
+        Where `rows`, the prefix tokens' attention `(B, H, P, N)` comes second.
+        """
 
         def scale(y: Array, name: str) -> Array:
             return LayerScale(self.dtype, name=name)(y) if self.layer_scale else y
 
         y = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm1")(x)
-        y, prefix_rows = Attention(self.heads, self.prefix, self.dtype, self.dot_general_cls, name="attn")(y, rows)
-        x = x + scale(y, "scale1")
+        y, prefix_rows = Attention(self.heads, self.prefix, self.dtype, self.dot_general_cls, name="attn")(
+            y, leave, rows
+        )
+        x = x[:, :leave] + scale(y, "scale1")
         y = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm2")(x)
         y = Mlp(self.hidden, self.dtype, self.dot_general_cls, name="mlp")(y)
         return x + scale(y, "scale2"), prefix_rows
@@ -212,6 +220,8 @@ class ViT(nn.Module):
         )
         carry = None
         for i in range(self.depth):
+            # Nothing reads the patch tokens of the last block if the head reads prefix tokens: 7 % of a 12-block model.
+            leave = self.prefix if self.features == "cls" and i == self.depth - 1 else x.shape[1]
             x, rows = Block(
                 self.heads,
                 self.hidden,
@@ -221,7 +231,7 @@ class ViT(nn.Module):
                 self.dtype,
                 self.dot_general_cls,
                 name=f"blocks_{i}",
-            )(x, self.select is not None and self.select.wants_rows(i))
+            )(x, leave, rows=self.select is not None and self.select.wants_rows(i))
             if self.select is not None:
                 x, carry = self.select(i, x, rows, carry)
         x = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm")(x)
