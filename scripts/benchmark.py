@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py                                # forward, lora, full: ViT-S/16, 224 px, batch 8, float32
     python scripts/benchmark.py lora --batch 16 --rounds 15
-    python scripts/benchmark.py attention gelu                 # a part of one layer, forward and backward
+    python scripts/benchmark.py attention gelu matmul          # a part of one layer; matmul is x @ W of the first MLP layer
 
 Every contestant is a process of its own that compiles, warms up and then waits for its turn; the rounds go through all of
 them, so each ratio compares neighbours in time and a machine that slows down slows everybody. A row gives the median images
@@ -30,6 +30,7 @@ TASKS = {  # task: contestants, ours first
     "full": ("ours", "transformers"),
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
+    "matmul": ("ours", "torch"),
 }
 Turn = Callable[[], None]
 
@@ -146,11 +147,14 @@ def layer_shape(options: argparse.Namespace) -> tuple[int, int, int, int]:
 
 
 def torch_layer(task: str, options: argparse.Namespace) -> Turn:
-    """Forward and backward of a part of a layer by torch."""
+    """Forward and backward of a part of a layer by torch; of the product, forward alone."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokens, width, heads, hidden = layer_shape(options)
+    if task == "matmul":
+        x, kernel = torch.randn(options.batch * tokens, width), torch.randn(width, hidden)
+        return lambda: x @ kernel
     if task == "gelu":
         x, g = torch.randn(2, options.batch, tokens, hidden)
         x.requires_grad_()
@@ -176,6 +180,11 @@ def jax_layer(task: str, options: argparse.Namespace, autodiff: bool) -> Turn:
     runtime.start()
     tokens, width, heads, hidden = layer_shape(options)
 
+    if task == "matmul":
+        x, kernel = jnp.ones((options.batch * tokens, width)), jnp.ones((width, hidden))
+        product = jax.jit(jnp.matmul)
+        return lambda: jax.block_until_ready(product(x, kernel))
+
     def attend(*qkv: Any) -> Any:
         split = [x.reshape(options.batch, tokens, heads, -1) for x in qkv]
         if autodiff:
@@ -200,7 +209,7 @@ def jax_layer(task: str, options: argparse.Namespace, autodiff: bool) -> Turn:
 
 def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
     """The work of one contestant as a function to be timed."""
-    if task in ("attention", "gelu"):
+    if task in ("attention", "gelu", "matmul"):
         return torch_layer(task, options) if name == "torch" else jax_layer(task, options, name == "autodiff")
     return ours(task, options) if name == "ours" else torch_peer(task, options, timm=name == "timm")
 
@@ -301,10 +310,9 @@ def main() -> None:
         return serve(options.tasks[0], options.serve, options)
 
     versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers", "peft", "timm")}
-    cores = len(os.sched_getaffinity(0))
-    print(
-        f"{options.model}, {options.size} px, batch {options.batch}, {options.dtype}; {platform.machine()}, {cores} cores, "
-    )
+    from vitft_jax.report import cpu
+
+    print(f"{options.model}, {options.size} px, batch {options.batch}, {options.dtype}; {cpu()}")
     print(f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "\n")
     print("| task | contestant | images/s (quartiles) | ours is faster by | peak MiB | start-up s |")
     print("|---|---|---|---|---|---|")
