@@ -220,6 +220,10 @@ def serve(task: str, name: str, options: argparse.Namespace) -> None:
 
     turn = contestant(task, name, options)
     turn()
+    if name == "ours":
+        from vitft_jax import runtime
+
+        runtime.release()  # as train.py does after its first step
     print(json.dumps({"ready": time.time()}), flush=True)
     for _ in range(WARM_UP):
         turn()

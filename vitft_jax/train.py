@@ -98,6 +98,7 @@ def _fit(
             meter.add(values)
             if done == first + 1:
                 jax.block_until_ready(state)
+                runtime.release()  # compilation leaves much behind
                 screen.say(f"first step done {time.perf_counter() - _IMPORTED:.1f} s after start")
             epoch_ends = done % per_epoch == 0 or done == built.total_steps
             speed = meter.images_per_second
@@ -112,6 +113,7 @@ def _fit(
                 meter.pause()
                 loop, rank = _validate(config, dataset, built, state, loop, log, screen, done)
                 checkpoints.save(state, {**loop, "input": batches.get_state()}, rank)
+                runtime.release()
                 meter.resume()
     return {"train_images_per_second": meter.images_per_second, "steps": done}
 
