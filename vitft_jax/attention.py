@@ -1,9 +1,9 @@
 """Multi-head attention of full rows, with a backward pass laid out for speed.
 
-On a CPU a batched product runs about twice as fast when the (tokens x tokens) matrix is read along its rows as when it is
-read along its columns. Autodiff's backward reads the probabilities along columns for dV and the score gradient along
-columns for dK. Here both products are written as ``small^T @ large``, so that only the thin (tokens x head width)
-matrices are ever transposed. `scripts/benchmark.py attention` measures it.
+On a CPU a batched product is slow when it reads its large (tokens x tokens) matrix along the columns, as autodiff's backward
+does with the probabilities for dV and with the gradient of the scores for dK. Here both products are written as
+``small^T @ large``, so that only the thin (tokens x head width) matrices are ever transposed. How much it gives depends on
+the number of tokens: `python scripts/benchmark.py attention --model vit_small_patch14` compares with autodiff.
 """
 
 import jax

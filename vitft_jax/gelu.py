@@ -1,8 +1,8 @@
 """The exact GELU, with its derivative found on the way forward.
 
-`jax.nn.gelu(approximate=False)` computes erfc, which on a CPU takes twice the time of erf, and its backward computes it
-again. Here the forward pass also leaves the derivative, so that the backward pass is one product and one array is kept
-instead of two. `scripts/benchmark.py gelu` measures it.
+`jax.nn.gelu(approximate=False)` computes erfc, which is slower than erf on a CPU, and its backward pass keeps two arrays.
+Here the forward pass also leaves the derivative, so that the backward pass is one product and one array is kept.
+`python scripts/benchmark.py gelu` compares them.
 """
 
 import jax

@@ -13,14 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitft_jax import cli, data, metrics, report, run, runtime, step, tree
+from vitft_jax import IMPORTED, cli, data, metrics, report, run, runtime, step, tree
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config, absolute
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.evaluate import evaluate_split, outputs
 
 LOG_EVERY = 10  # steps between lines in metrics.jsonl
-_IMPORTED = time.perf_counter()
 
 
 def train(config: Config, workdir: Path) -> dict[str, Any]:
@@ -99,7 +98,7 @@ def _fit(
             if done == first + 1:
                 jax.block_until_ready(state)
                 runtime.release()  # compilation leaves much behind
-                screen.say(f"first step done {time.perf_counter() - _IMPORTED:.1f} s after start")
+                screen.say(f"first step done {time.perf_counter() - IMPORTED:.1f} s after start")
             epoch_ends = done % per_epoch == 0 or done == built.total_steps
             speed = meter.images_per_second
             left = (built.total_steps - done) * config.train.batch_size / speed
