@@ -167,7 +167,7 @@ def print_results(title: str, splits: Mapping[str, Mapping[str, Mapping[str, flo
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
-def _interval(value: Mapping[str, float]) -> str:
-    if math.isnan(value["value"]):
+def _interval(value: Mapping[str, float | None]) -> str:
+    if value["value"] is None or math.isnan(value["value"]):
         return "undefined: a class is absent"
     return f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"

@@ -4,6 +4,7 @@ Writes a run folder: resolved config, metrics, checkpoints (newest and best), pr
 on where an interrupted run stopped.
 """
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -38,6 +39,10 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     built = run.build(config, dataset)
     folder.open(config, dataset, built)
     print(_headline(config, dataset, built, workdir), flush=True)
+    if folder.summary.exists():  # the last thing that a run writes
+        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+        report.print_results(f"{workdir} is finished (best step {summary['best_step']})", summary["metrics"])
+        return summary
 
     with Checkpoints(folder.checkpoints) as checkpoints:
         timing = _fit(config, dataset, built, folder, checkpoints)
