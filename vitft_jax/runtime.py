@@ -1,9 +1,9 @@
 """What a process does about memory on a CPU, where XLA takes its temporary buffer from malloc at every step.
 
-By default glibc maps that buffer and unmaps it again each time, and the page faults cost a third of a step. So freed memory
-stays with the process (`start`), on huge pages, which fault 512 times less often. Kept memory fragments, though: a buffer of
-another size finds no hole and takes new memory, so that a run would end up holding its buffer several times over. `release`
-gives the holes back; call it where the program changes from one step function to another.
+By default glibc maps that buffer and unmaps it again each time, and every step pays for the page faults. So freed memory stays
+with the process (`start`), on huge pages, which fault 512 times less often. Kept memory fragments, though: where something
+small has settled in the hole that the buffer left, the buffer takes new memory. `release` gives the holes back; call it where
+the program changes from one step function to another. Between such points a process still grows to several times the buffer.
 """
 
 import ctypes

@@ -15,7 +15,7 @@ EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp
 FITS = ("squash", "crop", "pad")
 
 # Decoded images are kept in memory up to this many bytes per process. Small sets are read again every epoch, and
-# decoding a PNG takes about twice as long as augmenting it; 1 GiB holds 16,000 grey images of 256 x 256 and is a small
+# decoding them again would cost more than augmenting them; 1 GiB holds 16,000 grey images of 256 x 256 and is a small
 # part of the memory of a machine that can train a ViT.
 CACHE_BYTES = 1 << 30
 
