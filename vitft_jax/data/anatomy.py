@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
+from scipy import sparse
 
 from vitft_jax.data.ultrasound import Tissue
 
@@ -39,7 +40,9 @@ class Section:
     def sample(self, x_mm: np.ndarray, z_mm: np.ndarray) -> Tissue:
         """Tissue at the nearest cells; outside of the grid, at its edge."""
         x, z = x_mm + np.float32(self.shift[0]), z_mm + np.float32(self.shift[1])
-        fold = sum(np.float32(a) * np.sin(x * np.float32(2 * math.pi / l) + np.float32(p)) for a, l, p in self.bends)
+        fold = sum(
+            np.float32(a) * np.sin(x * np.float32(2 * math.pi / wave) + np.float32(p)) for a, wave, p in self.bends
+        )
         z = z + fold * np.clip(z / np.float32(10), 0, 1)  # the skin lies flat on the probe
         column = np.clip((x / np.float32(self.width_mm) + np.float32(0.5)) * GRID, 0, GRID - 1).astype(np.int32)
         row = np.clip(z * np.float32(GRID / self.depth_mm), 0, GRID - 1).astype(np.int32)
@@ -77,14 +80,14 @@ class Canvas:
         """A smooth Gaussian field of variance 1 with the given length scales in mm: (GRID, GRID)."""
         rows, columns = _bumps(self.depth_mm, along_z), _bumps(self.width_mm, along_x)
         shape = (rows.shape[1], columns.shape[1])
-        values = math.cos(self.plane) * self.rng.standard_normal(shape, np.float32)
+        values = np.float32(math.cos(self.plane)) * self.rng.standard_normal(shape, np.float32)
         values += np.float32(math.sin(self.plane)) * self.slices.standard_normal(shape, np.float32)
-        return rows @ values.astype(np.float32) @ columns.T
+        return rows @ np.ascontiguousarray((columns @ values.T).T)
 
     def curve(self, along_x: float, sigma: float) -> np.ndarray:
         """A smooth random curve over x of standard deviation `sigma`: (1, GRID)."""
         columns = _bumps(self.width_mm, along_x)
-        return np.float32(sigma) * (self.rng.standard_normal((1, columns.shape[1]), np.float32) @ columns.T)
+        return np.float32(sigma) * (columns @ self.rng.standard_normal(columns.shape[1], np.float32))[None]
 
     def paint(self, where: np.ndarray, level_db: np.ndarray | float, attenuation: float) -> None:
         """Replaces the tissue where `where` (0..1) is 1, mixes it between."""
@@ -99,12 +102,16 @@ class Canvas:
 
 
 @lru_cache(maxsize=256)
-def _bumps(extent: float, scale: float) -> np.ndarray:
-    """Gaussian bumps a `scale` apart over an extent, (GRID, knots), each row of length 1."""
-    knots = np.arange(-2, math.ceil(extent / scale) + 3, dtype=np.float32)
-    places = (np.arange(GRID, dtype=np.float32) + 0.5) * np.float32(extent / GRID / scale)
+def _bumps(extent: float, scale: float) -> sparse.csr_array:
+    """Gaussian bumps a `scale` apart over an extent, (GRID, knots), each row of length 1.
+
+    Sparse, because few bumps reach a place; and BLAS would wake its threads for each of these small products.
+    """
+    knots = np.arange(-2, math.ceil(extent / scale) + 3)
+    places = (np.arange(GRID) + 0.5) * (extent / GRID / scale)
     weights = np.exp(-1.5 * (places[:, None] - knots) ** 2)
-    return (weights / np.sqrt((weights**2).sum(1, keepdims=True))).astype(np.float32)
+    weights[weights < 1e-4] = 0
+    return sparse.csr_array((weights / np.sqrt((weights**2).sum(1, keepdims=True))).astype(np.float32))
 
 
 def ridges(noise: np.ndarray, width: float) -> np.ndarray:
@@ -147,9 +154,7 @@ def breast(patient: tuple[int, ...], finding: str, view: View, width_mm: float, 
       depth_mm: depth that the probe sees.
     """
     rng = np.random.default_rng(patient)
-    canvas = Canvas(
-        rng, np.random.default_rng(view.seed), view.plane, width_mm + 2 * MARGIN_MM, depth_mm + MARGIN_MM
-    )
+    canvas = Canvas(rng, np.random.default_rng(view.seed), view.plane, width_mm + 2 * MARGIN_MM, depth_mm + MARGIN_MM)
     fat_end = rng.uniform(4, 13)
     gland_end = fat_end + rng.uniform(9, 22)
     bounds = _layers(canvas, fat_end, gland_end)

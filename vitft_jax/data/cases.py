@@ -31,10 +31,11 @@ DOMAINS = {
         depth_cm=4.5,
         width_cm=3.4,
         radius_cm=3.0,
-        gain_db=7.0,
-        dynamic_range_db=50.0,
+        gain_db=13.0,
+        dynamic_range_db=42.0,
         tgc_error_db=3.0,
-        contact_db=3.0,
+        contact_db=5.0,
+        smoothing=0.4,
         noise_db=-68.0,
     ),
     "video": Domain(
@@ -46,6 +47,7 @@ DOMAINS = {
         width_cm=6.0,
         radius_cm=5.0,
         gain_db=2.0,
+        dynamic_range_db=56.0,
         contact_db=3.0,
         noise_db=-90.0,
     ),
@@ -116,7 +118,7 @@ def image(config: str, index: int) -> np.ndarray:
             worse = habits.uniform(0.5, 1.2, 3)
             domain = replace(
                 domain,
-                contact_db=domain.contact_db + 16 * worse[0],
+                contact_db=domain.contact_db + 30 * worse[0],
                 gain_db=domain.gain_db - 9 * worse[1],
                 noise_db=domain.noise_db + 22 * worse[2],
             )
@@ -136,8 +138,9 @@ def png(config: str, index: int) -> bytes:
 def _move(rng: np.random.Generator, frame: int, seed: tuple[int, ...]) -> View:
     """A probe that slides and tilts slowly: a few mm and some tenths of a radian over a video."""
     time = 2 * math.pi * frame / FRAMES
-    x, z, plane = (a * math.sin(time * r + p) for a, r, p in zip((5, 1.5, 0.3), *rng.uniform(0.3, (1, 6), (3, 2)).T, strict=True))
-    return View(plane, (x, z), seed)
+    rates, phases = rng.uniform(0.3, 1, 3), rng.uniform(0, 2 * math.pi, 3)
+    x, z, plane = np.array((5, 1.5, 0.3)) * np.sin(time * rates + phases)
+    return View(float(plane), (float(x), float(z)), seed)
 
 
 def _extent(domain: Domain) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from scipy import fft, ndimage
 
 SPEED_MM_PER_US = 1.54  # of sound, the mean of soft tissue, which every scanner assumes
 SIDE = 128  # pixels of a displayed image: nine tokens a side at patch 14, and quick to make by the thousand
-RANGES, LINES = 384, 192  # samples of the signal: at least 2 a pulse length or beam width at the source's focus
+RANGES, LINES = 384, 192  # samples of the signal: fewer would undersample the pulse and the beam at 7.5 MHz
 COMPENSATED = 0.7  # dB/cm/MHz that time-gain compensation assumes (Szabo, appendix B: soft tissue 0.5-1)
 NEPER = 20 / math.log(10)  # decibels of a factor e
 
@@ -41,6 +41,8 @@ class Domain:
       dynamic_range_db: from black to white.
       tgc_error_db: standard deviation of what is wrong with the time-gain compensation, which varies with depth.
       contact_db: standard deviation of the loss between probe and skin, which varies along the face.
+      smoothing: of grey across scan lines, as scanners do against speckle: standard deviation in lines; half as much
+        along depth, in pixels.
       noise_db: electronic noise before amplification; 0 dB is an echo that would be white at the surface.
     """
 
@@ -53,10 +55,11 @@ class Domain:
     depth_cm: float = 4.0
     width_cm: float = 4.0
     radius_cm: float = 5.0
-    gain_db: float = 0.0
-    dynamic_range_db: float = 60.0
+    gain_db: float = 6.0
+    dynamic_range_db: float = 50.0
     tgc_error_db: float = 2.0
-    contact_db: float = 2.0
+    contact_db: float = 4.0
+    smoothing: float = 0.9
     noise_db: float = -85.0
 
 
@@ -177,7 +180,7 @@ def acquire(scene: Scene, domain: Domain, rng: np.random.Generator) -> np.ndarra
     # Two ways through the tissue above each sample.
     loss_db = np.cumsum(tissue.attenuation, axis=0)
     loss_db *= np.float32(2 * domain.frequency_mhz * lines.step / 10)
-    loss_db += np.abs(drift(rng, LINES, 12, domain.contact_db))
+    loss_db += np.maximum(drift(rng, LINES, 10, domain.contact_db), 0)
     sources = white(rng, (RANGES, LINES))
     # Numbers from half an image away are independent of a sample's neighbourhood, and to draw as many again is slow.
     noise = np.roll(sources, (RANGES // 2, LINES // 2), axis=(0, 1)) * np.float32(10 ** (domain.noise_db / 20))
@@ -202,11 +205,13 @@ def compress(envelope: np.ndarray, domain: Domain) -> np.ndarray:
 
 def display(grey: np.ndarray, domain: Domain) -> np.ndarray:
     """Brings grey (RANGES, LINES) to the screen: uint8 (SIDE, SIDE), for a sector with black outside."""
+    grey = grey.reshape(SIDE, RANGES // SIDE, LINES).mean(1)
+    grey = ndimage.gaussian_filter(grey, (domain.smoothing / 2, domain.smoothing), mode="nearest", truncate=2.5)
     if domain.geometry == "linear":
-        shown = _averaged(grey.reshape(SIDE, RANGES // SIDE, LINES).mean(1))
+        shown = _averaged(grey)
     else:
         rows, columns, inside = _sector(domain)
-        shown = ndimage.map_coordinates(grey.reshape(SIDE, -1, LINES).mean(1), (rows, columns), order=1, mode="nearest")
+        shown = ndimage.map_coordinates(grey, (rows, columns), order=1, mode="nearest")
         shown *= inside
     return np.rint(255 * shown).astype(np.uint8)
 
