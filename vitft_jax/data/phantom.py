@@ -122,7 +122,7 @@ def _make(config: str, folder: Path, place: Path) -> None:
             raise
         reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{folder}: the generated set {config!r} could not be written there ({reason}); it needs about 60 MB. "
+            f"{folder}: the generated set {config!r} could not be written there ({reason}); it needs up to 40 MB. "
             "Make room, or choose another folder."
         ) from error
 
