@@ -94,11 +94,14 @@ def test_one_compilation():
     assert step.train_step._cache_size() == before + 1
 
 
-def test_micro_batches_equal_the_whole_batch():
-    results = []
-    for accumulate in (1, 2, 4):
+@pytest.mark.parametrize(
+    ("label", "parts"), [(BATCH["label"], (1, 2, 4)), (RNG.dirichlet(np.ones(3), 4).astype(np.float32), (1, 2))]
+)
+def test_micro_batches_equal_the_whole_batch(label, parts):
+    results, batch = [], {**BATCH, "label": label}
+    for accumulate in parts:
         program, trainable, frozen = setup(accumulate=accumulate, class_weights=(0.5, 1.0, 2.0))
-        state, values = step.train_step(step.init_state(program, trainable), frozen, BATCH, program=program)
+        state, values = step.train_step(step.init_state(program, trainable), frozen, batch, program=program)
         results.append((state.trainable, values))
     for trainable, values in results[1:]:
         for key in ("loss", "grad_norm"):
@@ -124,6 +127,30 @@ def test_multiclass_loss_against_optax_with_weights_and_smoothing():
     targets = 0.9 * np.eye(3)[labels] + 0.1 / 3
     expected = np.array([0.5, 1.0, 2.0])[labels] * -(targets * jax.nn.log_softmax(logits)).sum(-1)
     np.testing.assert_allclose(step.example_losses(program, logits, labels), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("weights", [(), (0.5, 1.0, 2.0)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_of_mixed_labels_is_the_mixture_of_the_losses(multilabel, weights, smoothing):
+    """As in mixup's own training: the loss is linear in the labels, whatever weighs or smooths them."""
+    program, *_ = setup(multilabel=multilabel, class_weights=weights, label_smoothing=smoothing)
+    logits = jnp.asarray(RNG.normal(size=(6, 3)), jnp.float32)
+    first, second = (RNG.integers(0, 2, (6, 3)) if multilabel else RNG.integers(0, 3, 6) for _ in range(2))
+    share = RNG.uniform(size=6).astype(np.float32)
+    shares = [labels if multilabel else np.eye(3)[labels] for labels in (first, second)]
+    mixed = jnp.asarray(share[:, None] * shares[0] + (1 - share[:, None]) * shares[1], jnp.float32)
+    losses = [step.example_losses(program, logits, jnp.asarray(labels)) for labels in (first, second)]
+    expected = share * losses[0] + (1 - share) * losses[1]
+    np.testing.assert_allclose(step.example_losses(program, logits, mixed), expected, rtol=1e-5)
+
+
+def test_loss_of_shares_against_optax():
+    program, *_ = setup()
+    logits = jnp.asarray(RNG.normal(size=(4, 3)), jnp.float32)
+    shares = jnp.asarray(RNG.dirichlet(np.ones(3), 4), jnp.float32)
+    expected = optax.softmax_cross_entropy(logits, shares)
+    np.testing.assert_allclose(step.example_losses(program, logits, shares), expected, rtol=1e-6)
 
 
 def test_multilabel_loss_against_optax():

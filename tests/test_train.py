@@ -73,6 +73,7 @@ def test_checkpoints_hold_what_trains_and_nothing_else(tiny_config, tmp_path):
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch, cut):
     tiny_config.methods = ("lora",)
     tiny_config.lora.dropout = 0.1
+    tiny_config.augment.update({"speckle": 0.2, "tgc": 0.2, "mixup": 0.4, "cutmix": 1.0})
     tiny_config.train.epochs = 3.0
     train.train(tiny_config, tmp_path / "whole")
     real, calls = step.train_step, []
@@ -193,6 +194,7 @@ def test_work_directory_of_another_run_or_of_no_run(tiny_config, tmp_path, monke
         ("train.best_metric", "auc", "did you mean 'auroc'?"),
         ("lora.targets", "blocks_9", "lora.targets matches no linear layer of the model; layers are blocks_0/attn/key"),
         ("model.pretrained", "nowhere/at/all", "nowhere/at/all"),
+        ("augment.speckle", 2.0, "augment.speckle = 2.0: must lie in 0..1"),
     ],
 )
 def test_bad_settings_are_refused_before_the_work_directory_is_made(

@@ -42,6 +42,10 @@ def default() -> Config:
     a.rotate = 10.0  # largest rotation, degrees
     a.gain = 0.15  # largest relative change of brightness
     a.contrast = 0.15  # largest relative change of contrast
+    a.speckle = 0.0  # largest added speckle, standard deviation over mean of the echo, such as 0.2; 0 = off
+    a.tgc = 0.0  # largest relative change of brightness with depth, as by time-gain sliders, such as 0.2; 0 = off
+    a.mixup = 0.0  # alpha of the Beta distribution of an image's share when pairs are blended, such as 0.2; 0 = off
+    a.cutmix = 0.0  # the same when pairs exchange a box, such as 1; with both on, each batch gets one of them; 0 = off
 
     c.model = m = Config()
     m.pretrained = ""  # a directory or file of weights, or a Hugging Face Hub id; '' = random

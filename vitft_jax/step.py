@@ -75,8 +75,9 @@ def logits_of(program: Program, variables: tree.Tree, images: Array, rngs: Mappi
 def example_losses(program: Program, logits: Array, labels: Array) -> Array:
     """Loss of each example, `(B,)`: cross-entropy, or the mean over the labels of their binary cross-entropies.
 
-    Class weights multiply the loss of a class (multi-label: of a label's positives) and are not normalised again within
-    a batch, so micro-batches and batches agree.
+    Labels are classes `(B,)`, or shares of the classes `(B, C)` that sum to 1 (multi-label: each in 0..1). The loss of
+    shares is the mean, by these shares, of the losses of the classes. Class weights multiply the loss of a class
+    (multi-label: of a label's positives) and are not normalised again within a batch, so micro-batches and batches agree.
     """
     weights = jnp.asarray(program.class_weights or (1.0,) * logits.shape[-1])
     smooth = program.label_smoothing
@@ -84,8 +85,10 @@ def example_losses(program: Program, logits: Array, labels: Array) -> Array:
         targets = labels * (1 - smooth) + smooth / 2
         positive, negative = jax.nn.softplus(-logits), jax.nn.softplus(logits)
         return jnp.mean(weights * targets * positive + (1 - targets) * negative, axis=-1)
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smooth)
-    return weights[labels] * optax.softmax_cross_entropy(logits, targets)
+    shares = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1])
+    weighted = weights * shares
+    targets = (1 - smooth) * weighted + smooth * jnp.mean(weighted, axis=-1, keepdims=True)
+    return optax.softmax_cross_entropy(logits, targets)
 
 
 def loss(

@@ -37,6 +37,15 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     dataset.images.check()
     _check_metric(config, dataset)
     built = run.build(config, dataset)
+    batches = data.train_batches(
+        dataset,
+        batch_size=config.train.batch_size,
+        image_size=config.data.image_size,
+        fit=config.data.fit,
+        augment=config.augment,
+        seed=config.seed,
+        workers=config.data.workers,
+    )
     folder.open(config, dataset, built)
     print(_headline(config, dataset, built, workdir), flush=True)
     if folder.summary.exists():  # the last thing that a run writes
@@ -45,7 +54,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         return summary
 
     with Checkpoints(folder.checkpoints) as checkpoints:
-        timing = _fit(config, dataset, built, folder, checkpoints)
+        timing = _fit(config, dataset, built, batches, folder, checkpoints)
         trainable, best_step = checkpoints.restore_best(built.trainable)
 
     results, speed = {}, math.nan
@@ -72,19 +81,15 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
 
 def _fit(
-    config: Config, dataset: data.Dataset, built: run.Built, folder: run.Folder, checkpoints: Checkpoints
+    config: Config,
+    dataset: data.Dataset,
+    built: run.Built,
+    batches: data.Batches,
+    folder: run.Folder,
+    checkpoints: Checkpoints,
 ) -> dict[str, float]:
     """The loop over steps, from the newest checkpoint to the end; returns timing."""
     program, per_epoch = built.program, data.steps_per_epoch(dataset, config.train.batch_size)
-    batches = data.train_batches(
-        dataset,
-        batch_size=config.train.batch_size,
-        image_size=config.data.image_size,
-        fit=config.data.fit,
-        augment=config.augment,
-        seed=config.seed,
-        workers=config.data.workers,
-    )
     state = step.init_state(program, built.trainable)
     # `waited` counts the epochs since the best; `input`, added when saved, is the position in the stream of batches.
     loop: dict[str, Any] = {"best": None, "waited": 0, "stopped": False}

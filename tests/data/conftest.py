@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 OFF = {"crop": 1.0, "flip": 0.0, "rotate": 0.0, "gain": 0.0, "contrast": 0.0}
+OFF |= {"speckle": 0.0, "tgc": 0.0, "mixup": 0.0, "cutmix": 0.0}
 
 
 @pytest.fixture

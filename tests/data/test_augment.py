@@ -8,7 +8,8 @@ from vitft_jax.data.augment import augment, check_augment, warp
 from vitft_jax.data.images import FITS, resize
 from vitft_jax.errors import InputError
 
-ALL = {"crop": 0.4, "flip": 0.5, "rotate": 25.0, "gain": 0.3, "contrast": 0.3}
+GENERAL = {"crop": 0.4, "flip": 0.5, "rotate": 25.0, "gain": 0.3, "contrast": 0.3}
+ALL = GENERAL | {"speckle": 0.3, "tgc": 0.3}
 
 
 def noise(shape=(40, 56), seed=0):
@@ -37,6 +38,28 @@ def dot(x, y, size=64):
 def test_everything_off_is_resize(fit, shape, knobs):
     for out in many(noise(shape), knobs(), 3, fit=fit):
         np.testing.assert_array_equal(out, resize(noise(shape), 32, fit))
+
+
+def without_ultrasound(image, rng, config, size, fit):
+    """What `augment` was before it knew of speckle and time gain; runs then must give the same images now."""
+    draws = rng.random(8)
+    area = config.crop + (1 - config.crop) * draws[0]
+    log_aspect = min(math.log(1.25), -math.log(area)) * (2 * draws[1] - 1)
+    width, height = math.sqrt(area * math.exp(log_aspect)), math.sqrt(area * math.exp(-log_aspect))
+    box = ((1 - width) * draws[2], (1 - height) * draws[3], width, height)
+    degrees = config.rotate * (2 * draws[5] - 1)
+    values = np.asarray(warp(image, size, fit, box=box, flip=draws[4] < config.flip, degrees=degrees))
+    gain, contrast = 1 + config.gain * (2 * draws[6] - 1), 1 + config.contrast * (2 * draws[7] - 1)
+    values = np.clip(np.rint(gain * (contrast * (values - values.mean()) + values.mean())), 0, 255).astype(np.uint8)
+    return values if values.ndim == 3 else np.repeat(values[..., None], 3, -1)
+
+
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("shape", [(40, 56), (40, 56, 3)])
+def test_without_ultrasound_images_are_what_they_were(fit, shape, knobs):
+    for seed, out in enumerate(many(noise(shape), knobs(**GENERAL), 20, fit=fit)):
+        expected = without_ultrasound(noise(shape), np.random.default_rng(seed), knobs(**GENERAL), 32, fit)
+        np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -128,11 +151,51 @@ def test_levels_are_clipped_not_wrapped(knobs):
         assert (out[:, 1::2].astype(int) >= out[:, ::2].astype(int)).all()
 
 
-def test_knobs_do_not_disturb_each_other(knobs):
-    still, bright = (many(noise(), knobs(flip=0.5, gain=gain), 40) for gain in (0.0, 0.2))
+@pytest.mark.parametrize("knob", ["gain", "speckle", "tgc"])
+def test_knobs_do_not_disturb_each_other(knob, knobs):
+    still, bright = (many(noise(), knobs(flip=0.5, **{knob: value}), 40) for value in (0.0, 0.2))
+    assert not np.array_equal(still, bright)
     left = [out[:, :16].mean() > out[:, 16:].mean() for out in still]
     assert left == [out[:, :16].mean() > out[:, 16:].mean() for out in bright]
     assert 5 < sum(left) < 35
+
+
+def test_speckle_does_not_disturb_time_gain(knobs):
+    grey = Image.new("L", (32, 32), 120)
+    for plain, noisy in zip(
+        many(grey, knobs(tgc=0.4)), many(grey, knobs(tgc=0.4, speckle=1e-3)), strict=True
+    ):  # so little speckle that only rounding is left of it
+        assert np.abs(plain.astype(int) - noisy).max() <= 1
+
+
+def test_speckle_is_drawn_up_to_its_bound(knobs):
+    grey = Image.new("L", (224, 224), 128)
+    deviations = [out[..., 0].std() for out in many(grey, knobs(speckle=0.2), 100, size=224)]
+    largest = math.sqrt(math.log(1 + 0.2**2)) * 20 / math.log(10) * 255 / 60
+    assert min(deviations) < 0.06 * largest
+    assert 0.94 * largest < max(deviations) < 1.06 * largest  # of one field the deviation is known to 2 %
+
+
+def test_time_gain_scales_rows_within_its_bound(knobs):
+    grey = Image.new("L", (64, 64), 100)
+    curves = []
+    for out in many(grey, knobs(tgc=0.3), 100, size=64):
+        assert (out == out[:, :1]).all()
+        curves.append(out[:, 0, 0] / 100)
+    assert 0.7 <= np.min(curves) < 0.72
+    assert 1.28 < np.max(curves) <= 1.3
+    assert np.ptp(np.mean(curves, 0)) < 8 * 0.3 / math.sqrt(3 * 100)  # no depth is favoured: 4 standard errors each way
+
+
+def test_what_is_black_stays_black(knobs):
+    image = noise((64, 64)).point(lambda level: 40 + level // 2)
+    image.paste(0, (0, 0, 20, 64))
+    shapes = {"rotate": 30.0, "crop": 0.6}
+    plain, noisy = many(image, knobs(**shapes), 20), many(image, knobs(**shapes, speckle=1.0, tgc=1.0), 20)
+    for before, after in zip(plain, noisy, strict=True):
+        assert (before == 0).any()
+        assert not after[before == 0].any()
+        assert not np.array_equal(before, after)
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -152,7 +215,20 @@ def test_grey_stays_grey_and_equals_its_colour_copy(knobs):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("crop", 0.0), ("crop", 1.5), ("flip", 2), ("rotate", -1), ("gain", 1.1), ("contrast", -0.1)]
+    ("key", "value"),
+    [
+        ("crop", 0.0),
+        ("crop", 1.5),
+        ("flip", 2),
+        ("rotate", -1),
+        ("gain", 1.1),
+        ("contrast", -0.1),
+        ("speckle", 1.5),
+        ("tgc", -0.2),
+        ("mixup", -1),
+        ("mixup", float("nan")),
+        ("cutmix", float("inf")),
+    ],
 )
 def test_values_out_of_range_are_named(key, value, knobs):
     with pytest.raises(InputError, match=rf"augment\.{key} = {value}"):

@@ -1,16 +1,20 @@
 import dataclasses
+import functools
 import itertools
 import json
 
+import grain
 import numpy as np
 import pytest
 
+from vitft_jax.data.augment import augment
 from vitft_jax.data.batches import eval_batches, steps_per_epoch, train_batches
 from vitft_jax.data.images import ImageFiles, resize
 from vitft_jax.data.sources import load
 from vitft_jax.errors import InputError
 
-ALL = {"crop": 0.5, "flip": 0.5, "rotate": 10.0, "gain": 0.2, "contrast": 0.2}
+ALL = {"crop": 0.5, "flip": 0.5, "rotate": 10.0, "gain": 0.2, "contrast": 0.2, "speckle": 0.3, "tgc": 0.3}
+MIXED = ALL | {"mixup": 0.8, "cutmix": 1.0}
 SHAPE = {"image_size": 8, "fit": "squash"}
 
 
@@ -56,6 +60,46 @@ def test_train_batch(train, dataset):
         np.testing.assert_array_equal(image, resize(dataset.images[int(index)], 8, "squash"))
 
 
+def test_without_mixing_a_batch_is_its_augmented_examples(train, dataset, knobs):
+    """As before there was mixing: shuffled by the seed, drawn for by the place in the order, then batched."""
+
+    def example(index, rng):
+        image = augment(dataset.images[index], rng, knobs(**ALL), 8, "squash")
+        return {"image": image, "label": dataset.labels[index], "index": np.int32(index)}
+
+    source = grain.MapDataset.source(dataset.indices("train")).seed(5)
+    expected = source.shuffle().repeat(3).random_map(example).batch(4)
+    assert same([expected[i] for i in range(8)], take(train(seed=5), 8))
+
+
+@pytest.mark.parametrize("on", [{"mixup": 0.8}, {"cutmix": 1.0}])
+def test_mixing_changes_images_and_labels_only(train, dataset, on):
+    """Neither the order nor the augmentation: so the mixed images are made of the very images of the plain batch."""
+    for plain, mixed in zip(take(train(), 6), take(train(on=ALL | on), 6), strict=True):
+        np.testing.assert_array_equal(mixed["index"], plain["index"])
+        pairs = [batch["image"].astype(int).reshape(2, 2, 8, 8, 3).sum(1) for batch in (plain, mixed)]
+        np.testing.assert_array_equal(*pairs)
+        own = np.eye(2)[plain["label"]]
+        assert mixed["label"].dtype == np.float32
+        np.testing.assert_allclose(mixed["label"].reshape(2, 2, 2).sum(1), own.reshape(2, 2, 2).sum(1), atol=1e-6)
+
+
+def test_multilabel_batch_mixes_to_fractions(table, config, knobs):
+    table("path,a,b", [f"{'cyst' if i < 10 else 'solid'}/{i:02}.png,{i % 2},1" for i in range(24)])
+    config.labels = ("a", "b")
+    batches = train_batches(load(config, 0), batch_size=4, augment=knobs(mixup=50.0), seed=0, **SHAPE)
+    labels = np.concatenate([batch["label"] for batch in take(batches, 10)])
+    assert labels.dtype == np.float32
+    np.testing.assert_allclose(labels[:, 1], 1, atol=1e-6)  # all examples have b
+    assert ((labels[:, 0] > 0.1) & (labels[:, 0] < 0.9)).any()
+
+
+def test_evaluation_batches_are_never_mixed(dataset):
+    batch = next(eval_batches(dataset, "train", batch_size=4, **SHAPE))
+    np.testing.assert_array_equal(batch["label"], dataset.labels[batch["index"]])
+    assert batch["label"].dtype == np.int32
+
+
 def test_multilabel_batch(table, config, knobs):
     table("path,a,b", [f"{'cyst' if i < 10 else 'solid'}/{i:02}.png,{i % 2},1" for i in range(24)])
     config.labels = ("a", "b")
@@ -93,13 +137,14 @@ def test_an_example_is_augmented_anew_each_epoch(train, dataset):
     assert not any(np.array_equal(*images) for images in twice)
 
 
+@pytest.mark.parametrize("on", [ALL, MIXED])
 @pytest.mark.parametrize("count", [0, 3, 5])
-def test_state_resumes_to_the_bit(train, count):
-    batches = train()
+def test_state_resumes_to_the_bit(train, count, on):
+    batches = train(on=on)
     take(batches, count)
     state = json.loads(json.dumps(batches.get_state()))
     ahead = take(batches, 3)
-    fresh = train()
+    fresh = train(on=on)
     fresh.set_state(state)
     assert same(ahead, take(fresh, 3))
     batches.set_state(state)
@@ -107,14 +152,23 @@ def test_state_resumes_to_the_bit(train, count):
     assert fresh.get_state() == batches.get_state()
 
 
+@pytest.mark.parametrize("on", [ALL, MIXED])
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_processes_share_the_batch_of_one(train, process_count):
-    parts = [take(train(process_index=p, process_count=process_count), 6) for p in range(process_count)]
-    assert parts[0][0]["image"].shape[0] == 4 // process_count
-    assert same(joined(parts), take(train(), 6))
+def test_processes_share_the_batch_of_one(train, process_count, on):
+    parts = [take(train(8, on=on, process_index=p, process_count=process_count), 6) for p in range(process_count)]
+    assert parts[0][0]["image"].shape[0] == 8 // process_count
+    assert same(joined(parts), take(train(8, on=on), 6))
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+def test_the_number_of_threads_does_not_matter(train, monkeypatch, threads):
+    expected = take(train(on=MIXED), 8)
+    monkeypatch.setattr("vitft_jax.data.batches._THREADS", threads)
+    assert same(expected, take(train(on=MIXED), 8))
 
 
 def test_worker_processes_give_the_same_batches_and_errors(train, dataset, folder):
+    train = functools.partial(train, on=MIXED)
     here = take(train(), 4)  # from now on this process has the images in memory, the workers will not
     earlier = {index for batch in here[:3] for index in batch["index"]}
     victim = dataset.names[next(index for index in here[3]["index"] if index not in earlier)]
@@ -195,6 +249,8 @@ def test_image_damaged_after_the_check(dataset, folder):
         ({"batch_size": 4, "process_count": 3}, r"train\.batch_size = 4: .* multiple of .* 3"),
         ({"workers": -1}, r"data\.workers = -1"),
         ({"on": {"flip": 7.0}}, r"augment\.flip"),
+        ({"batch_size": 5, "on": {"mixup": 0.2}}, r"train\.batch_size = 5: .* multiple of 2 "),
+        ({"batch_size": 6, "on": {"cutmix": 1.0}, "process_count": 2}, r"train\.batch_size = 6: .* multiple of 4 "),
     ],
 )
 def test_bad_options(train, options, message):

@@ -1,4 +1,4 @@
-"""Random crop, flip, rotation, gain and contrast: one resampling, one lookup table."""
+"""Random crop, flip, rotation, speckle, time gain, gain and contrast: one resampling, one lookup table."""
 
 import math
 
@@ -6,11 +6,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from vitft_jax.data.echo import speckle, time_gain
 from vitft_jax.data.images import check_fit, resize_image, to_array
 from vitft_jax.errors import InputError
 
 # A crop's sides may differ by this factor. The usual 4/3 deforms anatomy, whose shape is often the finding.
 _ASPECT = 1.25
+_SLIDERS = 5  # depths at which the time gain is drawn; fewer than scanners have, whose users set them smoothly
 
 
 def check_augment(config: ConfigDict) -> None:
@@ -21,6 +23,10 @@ def check_augment(config: ConfigDict) -> None:
         "rotate": (0.0, 180.0, "the largest rotation in degrees"),
         "gain": (0.0, 1.0, "the largest relative change of brightness"),
         "contrast": (0.0, 1.0, "the largest relative change of contrast"),
+        "speckle": (0.0, 1.0, "the largest standard deviation of added speckle, relative to the echo amplitude"),
+        "tgc": (0.0, 1.0, "the largest relative change of brightness with depth"),
+        "mixup": (0.0, 100.0, "alpha of the Beta distribution of the share of an image; 0 is off"),
+        "cutmix": (0.0, 100.0, "alpha of the Beta distribution of the share of an image; 0 is off"),
     }
     for key, (low, high, meaning) in ranges.items():
         if not low <= config[key] <= high:
@@ -30,7 +36,8 @@ def check_augment(config: ConfigDict) -> None:
 def augment(image: Image.Image, rng: np.random.Generator, config: ConfigDict, size: int, fit: str) -> np.ndarray:
     """Fits an image into a square and changes it at random.
 
-    Always draws the same count of numbers from `rng`, so that turning one knob leaves the draws of the others alone.
+    Always draws the same count of numbers from `rng` before the field of speckle, which comes last, so that turning one
+    knob leaves the draws of the others alone.
 
     Args:
       image: mode 'L' or 'RGB'.
@@ -38,7 +45,9 @@ def augment(image: Image.Image, rng: np.random.Generator, config: ConfigDict, si
       config: `crop` (smallest area of a random crop as a fraction of the fitted square, 1 is off; its position is
         uniform and its aspect ratio at most 1.25), `flip` (probability of a horizontal flip), `rotate` (largest
         rotation, degrees, either way), `gain` (largest relative change of brightness, either way), `contrast` (largest
-        relative change of contrast around the mean of the result, either way).
+        relative change of contrast around the mean of the result, either way), `speckle` (largest contrast, see
+        `echo.speckle`), `tgc` (largest relative change of brightness with depth, either way, see
+        `echo.time_gain`; depth is the rows of the result).
       size: side of the result in pixels.
       fit: as in `resize`; with everything off the result is exactly that of `resize`.
 
@@ -48,7 +57,7 @@ def augment(image: Image.Image, rng: np.random.Generator, config: ConfigDict, si
     Raises:
       InputError: `fit` is unknown.
     """
-    draws = rng.random(8)
+    draws = rng.random(9 + _SLIDERS)
     area = config.crop + (1 - config.crop) * draws[0]
     log_aspect = min(math.log(_ASPECT), -math.log(area)) * (2 * draws[1] - 1)  # both sides stay within the square
     width, height = math.sqrt(area * math.exp(log_aspect)), math.sqrt(area * math.exp(-log_aspect))
@@ -57,7 +66,12 @@ def augment(image: Image.Image, rng: np.random.Generator, config: ConfigDict, si
     degrees = config.rotate * (2 * draws[5] - 1)
     gain = 1 + config.gain * (2 * draws[6] - 1)
     contrast = 1 + config.contrast * (2 * draws[7] - 1)
-    return to_array(_levels(warp(image, size, fit, box=box, flip=flip, degrees=degrees), gain, contrast))
+    image = warp(image, size, fit, box=box, flip=flip, degrees=degrees)
+    if config.speckle or config.tgc:
+        values = speckle(np.asarray(image, np.float32), config.speckle * draws[8], rng)
+        values = time_gain(values, config.tgc * (2 * draws[9:] - 1))
+        image = Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+    return to_array(_levels(image, gain, contrast))
 
 
 def warp(

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vitft_jax.data.augment import augment as augment_image
 from vitft_jax.data.augment import check_augment
 from vitft_jax.data.images import check_fit, resize
+from vitft_jax.data.mix import mix, mixes
 from vitft_jax.data.sources import Dataset
 from vitft_jax.errors import InputError
 
@@ -89,7 +90,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Endless batches of the train split, shuffled anew each epoch and augmented.
+    """Endless batches of the train split, shuffled anew each epoch, augmented, and mixed if `augment` says so.
 
     Every epoch has each example exactly once; batches run across the borders of epochs. With several processes, process
     p gets the rows p * b .. (p + 1) * b of exactly the batch that a single process would get.
@@ -99,7 +100,7 @@ def train_batches(
       batch_size: over all processes; each process yields b = batch_size // process_count.
       image_size: side S of the images in pixels.
       fit: how images are fitted into the square; see `resize`.
-      augment: the `augment` group; see `augment`.
+      augment: the `augment` group; see `augment` and `mix`.
       seed: of the order and the augmentation, >= 0.
       workers: reading processes; 0 reads with a few threads in this one. The batches are the same. Each worker keeps
         its own cache of decoded images.
@@ -108,17 +109,27 @@ def train_batches(
 
     Returns:
       Iterator of dicts: image uint8 (b, S, S, 3), label int32 (b,) or float32 (b, C), index int32 (b,): position in the
-      dataset.
+      dataset. With mixing, label is always float32 (b, C), and index that of a row's own image.
 
     Raises:
-      InputError: `batch_size` is not a positive multiple of `process_count`, or another value is out of range.
+      InputError: `batch_size` is not a positive multiple of `process_count` (with mixing, of twice that), or another
+        value is out of range.
     """
     check_augment(augment)
     rows = _local_batch(batch_size, workers, process_count, image_size, fit)
     draw = _Augmented(dataset, image_size, fit, augment)
     source = grain.MapDataset.source(dataset.indices("train"))
     examples = source.seed(seed).shuffle().repeat(_ENDLESS).random_map(draw)
-    return Batches(examples.batch(rows)[process_index::process_count], workers)
+    batches = examples.batch(rows)[process_index::process_count]
+    if mixes(augment):
+        if rows % 2:
+            raise InputError(
+                f"train.batch_size = {batch_size}: augment.mixup and augment.cutmix mix images in pairs, so it must be a "
+                f"multiple of {2 * process_count} (two for each process)."
+            )
+        # After the split by process, so that the number of a batch, from which its draws come, is the same in all.
+        batches = batches.random_map(_Mixed(augment, len(dataset.classes)))
+    return Batches(batches, workers)
 
 
 def eval_batches(
@@ -177,6 +188,15 @@ class _Augmented:
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
         image = augment_image(self.dataset.images[index], rng, self.config, self.size, self.fit)
         return {"image": image, "label": self.dataset.labels[index], "index": np.int32(index)}
+
+
+@dataclass(frozen=True, repr=False)
+class _Mixed:
+    config: ConfigDict
+    classes: int
+
+    def __call__(self, batch: Batch, rng: np.random.Generator) -> Batch:
+        return mix(batch, rng, self.config, self.classes)
 
 
 @dataclass(frozen=True, repr=False)
