@@ -65,7 +65,7 @@ def test_logits_equal_those_of_peft(size):
     """Golden file of scripts/make_golden.py: rank 4, alpha 6, rsLoRA, all linear layers, rank 2 in one of them."""
     with np.load(peft_names.GOLDEN / "lora.npz") as golden:
         source, adapter = peft_names.separate(golden)
-        method = methods.load(settings(rank=4, alpha=6.0, rs=True, targets="encoder", rank_pattern=peft_names.PATTERN))
+        method = methods.load(settings(**peft_names.SETTINGS))
         difference = peft_names.largest_difference(
             method, source, adapter, golden[f"image/{size}"], golden[f"logits/{size}"]
         )
