@@ -1,7 +1,5 @@
 """LoRA, DoRA and PiSSA against PEFT on the same random weights: logits, gradients and the merged kernels."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import optax
@@ -58,9 +56,15 @@ CASES = {  # our method and settings, PEFT's settings
 }
 
 
+def load_base(tmp_path, name):
+    """Our reading of the weights that were saved under this name."""
+    tensors = load_file(tmp_path / name / "model.safetensors")
+    return peft_names.load_base(tensors, (tmp_path / "base" / "config.json").read_text())
+
+
 def both(case, tmp_path, random=True):
     """(method, our model, our variables, PEFT's model) with the same weights; adapters as PEFT starts them or random."""
-    name, ours, theirs = CASES[case]
+    which, ours, theirs = CASES[case]
     torch.manual_seed(0)
     config = transformers.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
@@ -74,11 +78,9 @@ def both(case, tmp_path, random=True):
             if random and "lora_" in name:
                 parameter.uniform_(0.5, 1.5) if parameter.ndim == 1 else parameter.normal_(0, 0.2)
     adapted.save_pretrained(tmp_path / "adapter")
-    source = peft_names.load_base(
-        load_file(tmp_path / "base" / "model.safetensors"), (tmp_path / "base" / "config.json").read_text()
-    )
+    source = load_base(tmp_path, "base")
     adapter = peft_names.adapter_tree(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    method = methods.load(lora_config(name, **ours))
+    method = methods.load(lora_config(which, **ours))
     return method, *peft_names.build(method, source, adapter, 16), adapted
 
 
@@ -105,9 +107,7 @@ def test_merged_kernels(case, tmp_path):
     method, _, variables, theirs = both(case, tmp_path)
     merged = tree.flatten(method.merge(variables)["params"])
     theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
-    expected = peft_names.load_base(
-        load_file(Path(tmp_path) / "merged" / "model.safetensors"), (tmp_path / "base" / "config.json").read_text()
-    )
+    expected = load_base(tmp_path, "merged")
     for name, leaf in tree.flatten(expected.params).items():
         np.testing.assert_allclose(merged[name], leaf, atol=1e-6, err_msg=name)
 
@@ -115,7 +115,8 @@ def test_merged_kernels(case, tmp_path):
 @pytest.mark.parametrize("case", ["DoRA", "PiSSA"])
 def test_what_prepare_makes_is_what_peft_starts_from(case, tmp_path):
     method, _, variables, _ = both(case, tmp_path, random=False)
-    ours, theirs = tree.flatten(method.prepare(variables)["lora"]), tree.flatten(variables["lora"])
+    original = {**variables, "params": load_base(tmp_path, "base").params}
+    ours, theirs = tree.flatten(method.prepare(original)["lora"]), tree.flatten(variables["lora"])
     for name, leaf in theirs.items():
         if name.endswith("/m"):
             np.testing.assert_allclose(ours[name], leaf, rtol=1e-6)
