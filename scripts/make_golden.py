@@ -32,7 +32,7 @@ HF = {
 }
 TIMM = {"img_size": SIZES[0], "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
 
-PEFT = {  # of lora.npz; tests/methods/test_lora.py states the same settings in our terms
+PEFT = {  # of lora.npz, dora.npz and pissa.npz; `peft_names.SETTINGS` in the tests states the same in our terms
     "r": 4,
     "lora_alpha": 6,
     "use_rslora": True,
@@ -109,7 +109,7 @@ def augreg() -> tuple[dict, str, Callable]:
     return tensors, "", model
 
 
-def peft_lora() -> tuple[dict, str, Callable]:
+def peft_lora(**changes: object) -> tuple[dict, str, Callable]:
     """Returns a ViT's tensors with those of a random PEFT adapter (prefix `base_model.model.`), and the adapted model."""
     import peft
 
@@ -120,11 +120,11 @@ def peft_lora() -> tuple[dict, str, Callable]:
         (Path(folder) / "config.json").write_text(text)
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         base = transformers.ViTForImageClassification.from_pretrained(folder)
-        model = peft.get_peft_model(base, peft.LoraConfig(**PEFT))
+        model = peft.get_peft_model(base, peft.LoraConfig(**PEFT, **changes))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
-                    parameter.normal_(0, 0.2)
+                    parameter.uniform_(0.5, 1.5) if parameter.ndim == 1 else parameter.normal_(0, 0.2)
         model.eval().save_pretrained(folder)
         tensors |= load_file(Path(folder) / "adapter_model.safetensors")
     return tensors, text, lambda images: model(images, interpolate_pos_encoding=True).logits
@@ -146,6 +146,8 @@ def make() -> dict[str, Callable[[], tuple[dict, str, Callable]]]:
         "timm_dinov2": lambda: of_timm("vit_small_patch14_dinov2", num_classes=CLASSES),
         "augreg": augreg,
         "lora": peft_lora,
+        "dora": lambda: peft_lora(use_dora=True),
+        "pissa": lambda: peft_lora(init_lora_weights="pissa"),
     }
 
 

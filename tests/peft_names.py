@@ -13,17 +13,18 @@ from vitft_jax import pretrained, tree, vit
 
 GOLDEN = Path(__file__).parent / "golden"
 PREFIX = "base_model.model."
-PATTERN = (("blocks_1/attn/query", 2),)
+SETTINGS = {"rank": 4, "alpha": 6.0, "rs": True, "targets": "encoder", "rank_pattern": (("blocks_1/attn/query", 2),)}
+PARTS = {"A": "a", "B": "b", "magnitude_vector": "m"}
 LAYERS = {"q_proj": "attn/query", "k_proj": "attn/key", "v_proj": "attn/value", "o_proj": "attn/out"}
 
 
 def adapter_tree(tensors):
-    """PEFT's lora_A (r, in) and lora_B (out, r) as our a (in, r) and b (r, out)."""
+    """PEFT's lora_A (r, in), lora_B (out, r) and DoRA's magnitudes (out,) as our a (in, r), b (r, out) and m (out,)."""
     leaves = {}
     for name, tensor in tensors.items():
-        if match := re.search(r"layers\.(\d+)\.(?:attention|mlp)\.(\w+)\.lora_([AB])\.", name):
-            block, layer, matrix = match.groups()
-            leaves[f"blocks_{block}/{LAYERS.get(layer, f'mlp/{layer}')}/dot/{matrix.lower()}"] = jnp.asarray(tensor.T)
+        if match := re.search(r"layers\.(\d+)\.(?:attention|mlp)\.(\w+)\.lora_(A|B|magnitude_vector)", name):
+            block, layer, part = match.groups()
+            leaves[f"blocks_{block}/{LAYERS.get(layer, f'mlp/{layer}')}/dot/{PARTS[part]}"] = jnp.asarray(tensor.T)
     return tree.unflatten(leaves)
 
 
@@ -44,11 +45,12 @@ def separate(golden):
 
 
 def build(method, source, adapter, size):
-    """The model with the method's products, and its variables."""
+    """The model with the method's products, and its variables: prepared, with the adapter given."""
     model = vit.ViT(**source.model, classes=source.params["head"]["bias"].size, dot_general_cls=method.dot_general_cls)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     assert jax.tree.map(jnp.shape, adapter) == jax.tree.map(jnp.shape, shapes["lora"])
-    return model, {"params": pretrained.fit(source, shapes["params"]), "lora": adapter}
+    variables = method.prepare({"params": pretrained.fit(source, shapes["params"]), "lora": adapter})
+    return model, {**variables, "lora": adapter}
 
 
 def largest_difference(method, source, adapter, images, logits):

@@ -1,10 +1,11 @@
-"""What tests share: tiny models of every family."""
+"""What tests share: tiny models of every family, with adapters."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitft_jax import vit
+from vitft_jax import config as configs
+from vitft_jax import methods, tree, vit
 
 TINY = {"patch": 4, "width": 32, "depth": 2, "heads": 4, "hidden": 64}
 
@@ -24,3 +25,30 @@ def init(model, size=16, seed=0, random=True):
     """Variables of a model, `randomised` unless told otherwise."""
     variables = model.init(jax.random.key(seed), jnp.zeros((1, size, size, 3)))
     return randomised(variables, seed) if random else dict(variables)
+
+
+def lora_config(method="lora", **changes):
+    """A config with LoRA or a variant of it, and changes to its settings."""
+    config = configs.default()
+    config.methods = (method,)
+    config.lora.update(changes)
+    return config
+
+
+def adapted(name="lora", random=True, model=None, **changes):
+    """A tiny model with LoRA or a variant: (method, model, variables), the adapters as initialised unless `random`."""
+    method = methods.load(lora_config(name, **changes))
+    model = (model or tiny()).clone(dot_general_cls=method.dot_general_cls)
+    variables = init(model, random=False)
+    variables = dict(method.prepare({**variables, "params": randomised(variables["params"])}))
+    if random:
+        variables["lora"] = randomised(variables["lora"])
+    return method, model, variables
+
+
+def adapters_and_head(variant, classes, method="lora", **changes):
+    """Number of parameters that train in a model of full size."""
+    dot_general_cls = methods.load(lora_config(method, **changes)).dot_general_cls
+    model = vit.ViT(**vit.VARIANTS[variant], classes=classes, dot_general_cls=dot_general_cls)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    return tree.count(shapes["lora"]) + tree.count(shapes["params"]["head"])

@@ -71,8 +71,9 @@ def test_optimizer_state_only_for_what_trains():
     assert tree.count(state.opt_state) - scalars == 2 * tree.count(trainable)
 
 
-def test_training_lowers_the_loss_and_leaves_frozen_leaves_alone():
-    program, trainable, frozen = setup()
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_training_lowers_the_loss_and_leaves_frozen_leaves_alone(method):
+    program, trainable, frozen = setup(methods=(method,))
     before = jax.tree.map(np.array, frozen)
     state, losses = step.init_state(program, trainable), []
     for _ in range(8):

@@ -69,9 +69,17 @@ def test_checkpoints_hold_what_trains_and_nothing_else(tiny_config, tmp_path):
     assert stored < 2 * (3 * tree.nbytes(state.trainable) + 100_000)
 
 
-@pytest.mark.parametrize("cut", ["between epochs", "within an epoch"])
-def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch, cut):
-    tiny_config.methods = ("lora",)
+@pytest.mark.parametrize(
+    ("method", "cut"),
+    [
+        ("lora", "between epochs"),
+        ("lora", "within an epoch"),
+        ("dora", "within an epoch"),
+        ("pissa", "within an epoch"),
+    ],
+)
+def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch, method, cut):
+    tiny_config.methods = (method,)
     tiny_config.lora.dropout = 0.1
     tiny_config.augment.update({"speckle": 0.2, "tgc": 0.2, "mixup": 0.4, "cutmix": 1.0})
     tiny_config.train.epochs = 3.0

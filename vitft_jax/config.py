@@ -68,7 +68,7 @@ def default() -> Config:
     t.best_metric = "auroc"  # of the validation split; chooses the checkpoint that is kept as best
     t.patience = 0  # epochs without a better `best_metric` before the run stops; 0 = never
 
-    c.lora = lo = Config()
+    c.lora = lo = Config()  # of all its variants: lora, dora, pissa
     lo.rank = 8
     lo.alpha = 16.0  # the change of a kernel is alpha / rank * A B
     lo.targets = "qv"  # 'qv', 'qkv', 'encoder' (all linear layers of the blocks), or a regex on layers' paths

@@ -4,45 +4,20 @@ import numpy as np
 import optax
 import peft_names
 import pytest
-from support import init, randomised, tiny
+from support import adapted, adapters_and_head, lora_config, randomised, tiny
 
 from vitft_jax import config as configs
-from vitft_jax import methods, tree, vit
+from vitft_jax import methods, tree
 from vitft_jax.errors import InputError
 from vitft_jax.methods import lora
 
 IMAGES = jax.random.normal(jax.random.key(7), (2, 16, 16, 3))
 
 
-def settings(**changes):
-    config = configs.default()
-    config.methods = ("lora",)
-    config.lora.update(changes)
-    return config
-
-
-def adapted(random=True, model=None, **changes):
-    """A tiny model with LoRA: (method, model, variables), the adapters as initialised unless `random`."""
-    method = methods.load(settings(**changes))
-    model = (model or tiny()).clone(dot_general_cls=method.dot_general_cls)
-    variables = init(model, random=False)
-    variables["params"] = randomised(variables["params"])
-    if random:
-        variables["lora"] = randomised(variables["lora"])
-    return method, model, variables
-
-
-def trainable_count(variant, classes, **changes):
-    method = methods.load(settings(**changes))
-    model = vit.ViT(**vit.VARIANTS[variant], classes=classes, dot_general_cls=method.dot_general_cls)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
-    return tree.count(shapes["lora"]) + tree.count(shapes["params"]["head"])
-
-
 def test_golden_counts():
-    assert trainable_count("vit_base_patch16", 101, targets="qv", rank=8) == 372_581
-    assert trainable_count("vit_base_patch16", 1000, targets="qkv", rank=64) == 4_307_944
-    assert trainable_count("vit_base_patch16", 3, targets="encoder", rank=8) == 1_327_104 + 769 * 3
+    assert adapters_and_head("vit_base_patch16", 101, targets="qv", rank=8) == 372_581
+    assert adapters_and_head("vit_base_patch16", 1000, targets="qkv", rank=64) == 4_307_944
+    assert adapters_and_head("vit_base_patch16", 3, targets="encoder", rank=8) == 1_327_104 + 769 * 3
 
 
 def test_a_fresh_adapter_changes_nothing_to_the_bit():
@@ -65,7 +40,7 @@ def test_logits_equal_those_of_peft(size):
     """Golden file of scripts/make_golden.py: rank 4, alpha 6, rsLoRA, all linear layers, rank 2 in one of them."""
     with np.load(peft_names.GOLDEN / "lora.npz") as golden:
         source, adapter = peft_names.separate(golden)
-        method = methods.load(settings(rank=4, alpha=6.0, rs=True, targets="encoder", rank_pattern=peft_names.PATTERN))
+        method = methods.load(lora_config(**peft_names.SETTINGS))
         difference = peft_names.largest_difference(
             method, source, adapter, golden[f"image/{size}"], golden[f"logits/{size}"]
         )
@@ -142,8 +117,9 @@ def test_dropout_is_on_only_with_an_rng_spares_the_frozen_branch_and_is_right_on
     np.testing.assert_array_equal(with_rng, x @ (kernel + 1))
 
 
-def test_lora_plus_gives_b_the_ratio_of_the_rate_of_a():
-    method = methods.load(settings(lr_ratio=16.0))
+@pytest.mark.parametrize("name", ["lora", "dora", "pissa"])
+def test_lora_plus_gives_b_the_ratio_of_the_rate_of_a(name):
+    method = methods.load(lora_config(name, lr_ratio=16.0))
     tx = method.wrap_tx(optax.sgd(0.1), 10)
     adapters = {"lora": {"q": {"dot": {"a": jnp.ones(2), "b": jnp.ones(2)}}}, "params": {"head": {"b": jnp.ones(2)}}}
     updates, _ = tx.update(adapters, tx.init(adapters), adapters)
@@ -164,7 +140,15 @@ def test_lora_plus_gives_b_the_ratio_of_the_rate_of_a():
 )
 def test_bad_settings_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
-        methods.load(settings(**changes))
+        methods.load(lora_config(**changes))
+
+
+@pytest.mark.parametrize("names", [("lora", "dora"), ("pissa", "lora")])
+def test_two_adapters_on_the_same_layers_are_refused(names):
+    config = configs.default()
+    config.methods = names
+    with pytest.raises(InputError, match="two methods put adapters on the linear layers"):
+        methods.load(config)
 
 
 def test_unknown_and_repeated_methods_are_refused():

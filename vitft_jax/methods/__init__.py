@@ -1,7 +1,8 @@
 """Fine-tuning methods: what a method is, and how several become one.
 
 A method is one module in this package with a function ``method(config) -> Method``; the config group it reads has its
-name. Every field of `Method` has an identity default, so a method states only what it changes.
+name, or that of the method it is a variant of. Every field of `Method` has an identity default, so a method states only
+what it changes.
 """
 
 import importlib
@@ -51,11 +52,14 @@ def stack(methods: Sequence[Method]) -> Method:
     """Combines methods, inner to outer, into one.
 
     Raises:
-        InputError: Two methods select tokens.
+        InputError: Two methods select tokens, or two put adapters on the linear layers.
     """
     selectors = [m.select for m in methods if m.select is not None]
     if len(selectors) > 1:
         raise InputError("two methods select tokens; keep one of them in config.methods")
+    # The inner one would see the path of the outer instead of the layer's, and merging would not find its kernel.
+    if sum(bool(m.dot and m.collections) for m in methods) > 1:
+        raise InputError("two methods put adapters on the linear layers; keep one of them in config.methods")
     dots = [m.dot for m in methods if m.dot]
     penalties = [m.penalty for m in methods if m.penalty]
 

@@ -77,18 +77,33 @@ class LoraDot(nn.Module):
     def __call__(self, x: Array, kernel: Array, dimensions: Any, **kwargs: Any) -> Array:
         """Maps x `(..., in)` and a kernel `(in, out)` to `(..., out)`."""
         y = self.base()(x, kernel, dimensions, **kwargs)
-        rank = self.settings.rank_at("/".join(self.path[:-1]))
-        if not rank:
+        if not self.rank:
             return y
-        a = self.variable(COLLECTION, "a", self._initial, _init_a, (kernel.shape[0], rank)).value
-        b = self.variable(COLLECTION, "b", self._initial, nn.initializers.zeros, (rank, kernel.shape[1])).value
-        x = nn.Dropout(self.settings.dropout, deterministic=not self.has_rng("dropout"))(x)
-        # Scaling the thin product costs (tokens x r), scaling the sum would cost (tokens x out).
-        low = (x @ a.astype(x.dtype)) * self.settings.scale(rank)
-        return y + low @ b.astype(x.dtype)
+        return y + self.low(self.drop(x), *self.factors(kernel))
 
-    def _initial(self, init: Callable[..., Array], shape: tuple[int, ...]) -> Array:
-        return init(self.make_rng("params"), shape, jnp.float32)
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter here; 0 where there is none."""
+        return self.settings.rank_at("/".join(self.path[:-1]))
+
+    def factors(self, kernel: Array) -> tuple[Array, Array]:
+        """The variables A and B, in float32."""
+
+        def draw(init: Callable[..., Array], shape: tuple[int, ...]) -> Array:
+            return init(self.make_rng("params"), shape, jnp.float32)
+
+        a = self.variable(COLLECTION, "a", draw, _init_a, (kernel.shape[0], self.rank)).value
+        b = self.variable(COLLECTION, "b", draw, nn.initializers.zeros, (self.rank, kernel.shape[1])).value
+        return a, b
+
+    def drop(self, x: Array) -> Array:
+        """The input of the adapter."""
+        return nn.Dropout(self.settings.dropout, deterministic=not self.has_rng("dropout"))(x)
+
+    def low(self, x: Array, a: Array, b: Array) -> Array:
+        """The output of the adapter, s (x A) B, in the dtype of x."""
+        # Scaling the thin product costs (tokens x r), scaling the sum would cost (tokens x out).
+        return (x @ a.astype(x.dtype)) * self.settings.scale(self.rank) @ b.astype(x.dtype)
 
 
 def delta(adapter: dict[str, Array], settings: Settings) -> Array:
@@ -96,21 +111,35 @@ def delta(adapter: dict[str, Array], settings: Settings) -> Array:
     return settings.scale(adapter["a"].shape[1]) * (adapter["a"] @ adapter["b"])
 
 
-def merge(variables: Variables, settings: Settings) -> Variables:
-    """Folds the adapters into the kernels: W + s A B.
+def map_layers(function: Callable[..., tuple[Any, dict[str, Any]]], variables: Variables) -> dict[str, Any]:
+    """Rewrites every layer with an adapter: ``function(path, kernel, adapter) -> (kernel, adapter)``."""
+    params, leaves = tree.flatten(variables["params"]), tree.flatten(variables[COLLECTION])
+    adapters: dict[str, dict[str, Any]] = {}
+    for name, leaf in leaves.items():
+        path, part = name.split("/dot/")  # '<path of the linear layer>/dot/a'
+        adapters.setdefault(path, {})[part] = leaf
+    for path, adapter in adapters.items():
+        params[f"{path}/kernel"], adapter = function(path, params[f"{path}/kernel"], adapter)
+        leaves |= {f"{path}/dot/{part}": leaf for part, leaf in adapter.items()}
+    return {**variables, "params": tree.unflatten(params), COLLECTION: tree.unflatten(leaves)}
+
+
+def fold(kernel_of: Callable[[Array, dict[str, Array]], Array], variables: Variables) -> dict[str, Any]:
+    """Variables without adapters, where ``kernel_of(kernel, adapter)`` is the kernel of each layer that had one.
 
     The variables given stay as they are: keep them to go back, since subtracting is exact only up to rounding.
     """
-    leaves = tree.flatten(variables["params"])
-    for name in (n for n in tree.flatten(variables[COLLECTION]) if n.endswith("/a")):
-        module = name.rsplit("/", 2)[0]  # '<path of the linear layer>/dot/a'
-        adapter = variables[COLLECTION]
-        for part in name.split("/")[:-1]:
-            adapter = adapter[part]
-        kernel = leaves[f"{module}/kernel"]
-        leaves[f"{module}/kernel"] = (kernel + delta(adapter, settings)).astype(kernel.dtype)
-    rest = {name: value for name, value in variables.items() if name not in ("params", COLLECTION)}
-    return {**rest, "params": tree.unflatten(leaves)}
+
+    def function(path: str, kernel: Array, adapter: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        return kernel_of(kernel, adapter).astype(kernel.dtype), adapter
+
+    folded = map_layers(function, variables)
+    return {name: value for name, value in folded.items() if name != COLLECTION}
+
+
+def merge(variables: Variables, settings: Settings) -> Variables:
+    """Folds the adapters into the kernels: W + s A B."""
+    return fold(lambda kernel, adapter: kernel + delta(adapter, settings), variables)
 
 
 def scale_b(ratio: float) -> optax.GradientTransformation:
@@ -124,8 +153,8 @@ def scale_b(ratio: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: scale(updates))
 
 
-def method(config: Any) -> Method:
-    """Builds LoRA from ``config.lora``.
+def settings_of(config: Any) -> Settings:
+    """The settings in ``config.lora``.
 
     Raises:
         InputError: A setting is out of range, or a regex does not compile.
@@ -145,10 +174,19 @@ def method(config: Any) -> Method:
             re.compile(pattern)
         except re.error as error:
             raise InputError(f"lora: {pattern!r} is none of {sorted(TARGETS)} and no regex: {error}") from None
-    settings = Settings(c.rank, c.alpha, targets, c.dropout, tuple((p, int(r)) for p, r in c.rank_pattern), c.rs)
+    return Settings(c.rank, c.alpha, targets, c.dropout, tuple((p, int(r)) for p, r in c.rank_pattern), c.rs)
+
+
+def method(config: Any) -> Method:
+    """Builds LoRA from ``config.lora``.
+
+    Raises:
+        InputError: As `settings_of`.
+    """
+    settings, ratio = settings_of(config), config.lora.lr_ratio
 
     def wrap_tx(tx: optax.GradientTransformation, total_steps: int) -> optax.GradientTransformation:
-        return optax.chain(tx, scale_b(c.lr_ratio)) if c.lr_ratio != 1 else tx
+        return optax.chain(tx, scale_b(ratio)) if ratio != 1 else tx
 
     return Method(
         collections=(COLLECTION,),
