@@ -278,6 +278,20 @@ def test_multilabel(of, tmp_path):
     assert same(dataset, load(config, 1, dataset.classes, table=tmp_path / "split.csv"))
 
 
+def test_groups_may_be_numbers_and_other_kinds_of_group_and_name_mean_nothing(of, tmp_path):
+    numbered = [example | {"group": i // 2} for i, example in enumerate(scans())]
+    dataset = load(of(build(tmp_path / "a", {"train": numbered}, FEATURES | {"group": np.int64})), 0)
+    assert dict(zip(dataset.names, dataset.groups, strict=True)) == {f"scan {i}": str(i // 2) for i in range(24)}
+    features = {
+        "group": tfds.features.Tensor(shape=(2,), dtype=np.int64),
+        "name": tfds.features.ClassLabel(num_classes=9),
+    }
+    other = [example | {"group": np.zeros(2, np.int64), "name": 1} for example in scans()]
+    path = build(tmp_path / "b", {"train": other}, FEATURES | features, supervised_keys=("image", "label"))
+    dataset = load(of(path), 0)
+    assert dataset.names == dataset.groups == tuple(f"train/{i}" for i in range(24))
+
+
 def test_one_of_several_class_labels_and_images(of, tmp_path):
     features = FEATURES | {"view": tfds.features.ClassLabel(num_classes=3), "mask": tfds.features.Image()}
     examples = [example | {"view": i % 3, "mask": png(100 + i)} for i, example in enumerate(scans())]

@@ -80,6 +80,8 @@ def from_builder(
     info = builder.info
     where = Path(builder.data_dir)
     image, labels, classes = _features(info, config.labels, where)
+    named = "name" in info.features and isinstance(info.features["name"], _tfds().features.Text)
+    grouped = "group" in info.features and info.features["group"].shape == ()
     splits = _splits(info, where)
     sources = _sources(builder, list(splits))
     for split in splits:
@@ -94,8 +96,8 @@ def from_builder(
             place = f"{where}, example {row} of {split}"
             try:
                 example = source[row]
-                name = _text(example, "name") or f"{split}/{row}"
-                groups.append(_text(example, "group") or name)
+                name = (_text(example["name"]) if named else "") or f"{split}/{row}"
+                groups.append((_text(example["group"]) if grouped else "") or name)
                 values.append([example[label] for label in labels])
             except Exception as error:  # array_record, protobuf and TFDS raise many kinds on damaged bytes
                 raise InputError(f"{place} cannot be read; prepare the dataset anew: {_reason(error)}") from error
@@ -248,7 +250,7 @@ def _check_files(split: "SplitInfo") -> None:
 def _features(info: "DatasetInfo", labels: Sequence[str], where: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Returns the image feature, the label features, and the class names of a ClassLabel (none if multi-label)."""
     kinds = _tfds().features
-    features = dict(info.features.items()) if isinstance(info.features, kinds.FeaturesDict) else {}
+    features = dict(sorted(info.features.items())) if isinstance(info.features, kinds.FeaturesDict) else {}
     listed = f"{where} has the features " + (", ".join(f"{key} ({type(features[key]).__name__})" for key in features))
     supervised = info.supervised_keys or ()
 
@@ -303,9 +305,8 @@ def _sources(builder: "DatasetBuilder", splits: Sequence[str]) -> dict[str, Sequ
     return {split: builder.as_data_source(split, decoders=decoders, file_format=_FORMAT) for split in splits}
 
 
-def _text(example: Mapping[str, Any], key: str) -> str:
-    """A feature as text without spaces around it, as a table would hold it; '' where there is none."""
-    value = example.get(key, "")
+def _text(value: Any) -> str:
+    """A scalar as text without spaces around it, as a table would hold it."""
     return (value.decode() if isinstance(value, bytes) else str(value)).strip()
 
 
