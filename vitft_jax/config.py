@@ -26,10 +26,13 @@ def default() -> Config:
     c.methods = ()  # modules of vitft_jax.methods, inner to outer, such as ('lora',)
 
     c.data = d = Config()
-    d.source = "folder"  # where images come from
-    d.path = ""  # the folder of images
-    d.table = ""  # CSV in it: path, label (or the columns in `labels`), group, split; '' = one sub-folder per class
-    d.labels = ()  # names of 0/1 columns: several labels an image
+    d.source = "folder"  # 'folder' of image files, 'tfds' (TensorFlow Datasets) or 'npz' (MedMNIST)
+    d.path = ""  # the folder; tfds: the data_dir ('' = TFDS's own) or one prepared dataset; npz: the file
+    d.table = (
+        ""  # folder: a CSV with path, label (or the columns in `labels`), group, split; '' = a sub-folder per class
+    )
+    d.name = ""  # tfds: 'dataset', 'dataset/config:1.0.0'; '' = `path` is the prepared dataset itself
+    d.labels = ()  # names of 0/1 columns or features: several labels an image; npz: names of the classes
     d.image_size = 224  # side of the square input, pixels
     d.fit = "squash"  # 'squash' keeps the whole field of view, 'crop' the aspect ratio, 'pad' both
     d.val_fraction = 0.1  # share of the images, in whole groups, where the table has no split

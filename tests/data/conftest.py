@@ -41,6 +41,7 @@ def config(folder):
             "source": "folder",
             "path": str(folder),
             "table": "",
+            "name": "",
             "labels": (),
             "val_fraction": 0.2,
             "test_fraction": 0.2,

@@ -1,10 +1,13 @@
 """Decode images of any common kind to 8-bit grey or RGB, and fit them into a square."""
 
+import io
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -41,7 +44,12 @@ def find_images(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def decode(path: str | Path, *, max_side: int = 0, place: str = "") -> Image.Image:
+def side_to_keep(image_size: int) -> int:
+    """The `max_side` for a model whose input has `image_size` pixels a side; 0 where it is not known yet."""
+    return 2 * image_size  # room for a crop of a quarter of the area, and for an antialiased resize after the reduction
+
+
+def decode(source: str | Path | bytes, *, max_side: int = 0, place: str = "") -> Image.Image:
     """Reads one image file as 8-bit grey or RGB.
 
     The first frame is taken, EXIF orientation is applied and transparency is composited on black. Colour files whose
@@ -51,7 +59,7 @@ def decode(path: str | Path, *, max_side: int = 0, place: str = "") -> Image.Ima
     the upper eight bits are read.
 
     Args:
-      path: the file.
+      source: the path of the file, or its contents.
       max_side: if positive, an image whose sides are both at least twice this is reduced by the largest integer factor
         that leaves both sides at least this long.
       place: how the user knows this image (name and table row), for the error; the path where empty.
@@ -64,14 +72,11 @@ def decode(path: str | Path, *, max_side: int = 0, place: str = "") -> Image.Ima
     """
     try:
         # Given a path instead of an open file, Pillow maps uncompressed TIFFs into memory and scrambles turned ones.
-        with Path(path).open("rb") as file, Image.open(file) as opened:
+        with _file(source) as file, Image.open(file) as opened:
             opened.load()
-            image = _to_8_bit(ImageOps.exif_transpose(opened))
+            return to_8_bit(ImageOps.exif_transpose(opened), max_side)
     except Exception as error:  # a damaged file can make PIL raise nearly anything; all of it means the same here
-        raise _unreadable(path, place, error) from error
-    if max_side > 0 and min(image.size) >= 2 * max_side:
-        image = image.reduce(min(image.size) // max_side)
-    return image
+        raise _unreadable(source, place, error) from error
 
 
 def resize(image: Image.Image, size: int, fit: str) -> np.ndarray:
@@ -122,29 +127,29 @@ def check_fit(fit: str) -> None:
         raise InputError(f"data.fit = {fit!r} is unknown; choose one of {', '.join(FITS)}.")
 
 
-class ImageFiles(Sequence[Image.Image]):
-    """The images of a dataset as files: decoded when asked for, kept in memory up to CACHE_BYTES.
+class EncodedImages(Sequence[Image.Image], ABC):
+    """The images of a dataset as encoded files: decoded when asked for, kept in memory up to CACHE_BYTES.
 
     Threads may read it together. Worker processes get it without the cache and each keep their own.
     Treat the images as read-only: the cache hands out the same object again.
     """
 
-    def __init__(
-        self, root: str | Path, names: Sequence[str], *, places: Sequence[str] | None = None, max_side: int = 0
-    ) -> None:
-        """Describes the files; reads nothing.
+    def __init__(self, where: str | Path, places: Sequence[str], max_side: int = 0) -> None:
+        """Describes the images; reads nothing.
 
         Args:
-          root: the folder.
-          names: path of each image relative to `root`.
+          where: the folder or dataset that holds them, for errors.
           places: how the user knows each image, for errors (its name, and the table row if there is one).
           max_side: see `decode`.
         """
-        self._root = Path(root)
-        self._names = tuple(names)
-        self._places = tuple(places) if places is not None else self._names
+        self._where = where
+        self._places = tuple(places)
         self._max_side = max_side
         self._start_cache()
+
+    @abstractmethod
+    def _source(self, index: int) -> Path | bytes:
+        """Returns the path of file `index` or its contents; raises InputError if it cannot."""
 
     def _start_cache(self) -> None:
         self._cache: dict[int, Image.Image] = {}
@@ -153,14 +158,14 @@ class ImageFiles(Sequence[Image.Image]):
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._places)
 
     def __getitem__(self, index: int) -> Image.Image:
-        """Returns image `index` (mode 'L' or 'RGB'); raises InputError, naming the file, if it cannot be read."""
+        """Returns image `index` (mode 'L' or 'RGB'); raises InputError, naming it, if it cannot be read."""
         index = range(len(self))[index]
         image = self._cache.get(index)
         if image is None:
-            image = decode(self._root / self._names[index], max_side=self._max_side, place=self._places[index])
+            image = decode(self._source(index), max_side=self._max_side, place=self._places[index])
             self._keep(index, image)
         return image
 
@@ -186,7 +191,7 @@ class ImageFiles(Sequence[Image.Image]):
             more = f"\n  ... and {len(errors) - 5} more" if len(errors) > 5 else ""
             listed = "\n  ".join(errors[:5])
             raise InputError(
-                f"{len(errors)} of {len(self)} images in {self._root} cannot be read:\n  {listed}{more}\n"
+                f"{len(errors)} of {len(self)} images in {self._where} cannot be read:\n  {listed}{more}\n"
                 "Repair these files, or take them out of the data."
             )
 
@@ -199,12 +204,12 @@ class ImageFiles(Sequence[Image.Image]):
         return ""
 
     def _verify(self, index: int) -> None:
-        path = self._root / self._names[index]
+        source = self._source(index)
         try:
-            with Image.open(path) as image:
+            with _file(source) as file, Image.open(file) as image:
                 image.verify()
         except Exception as error:
-            raise _unreadable(path, self._places[index], error) from error
+            raise _unreadable(source, self._places[index], error) from error
 
     def __getstate__(self) -> dict[str, object]:
         dropped = ("_cache", "_cached_bytes", "_full", "_lock")
@@ -215,17 +220,52 @@ class ImageFiles(Sequence[Image.Image]):
         self._start_cache()
 
 
-def _unreadable(path: str | Path, place: str, error: Exception) -> InputError:
+class ImageFiles(EncodedImages):
+    """The files of a folder as images."""
+
+    def __init__(
+        self, root: str | Path, names: Sequence[str], *, places: Sequence[str] | None = None, max_side: int = 0
+    ) -> None:
+        """Describes the files; reads nothing.
+
+        Args:
+          root: the folder.
+          names: path of each image relative to `root`.
+          places: see `EncodedImages`; the names where None.
+          max_side: see `decode`.
+        """
+        super().__init__(root, names if places is None else places, max_side)
+        self._root = Path(root)
+        self._names = tuple(names)
+
+    def _source(self, index: int) -> Path:
+        return self._root / self._names[index]
+
+
+def _file(source: str | Path | bytes) -> BinaryIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+
+
+def _unreadable(source: str | Path | bytes, place: str, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
         reason = "the file is missing"
     elif isinstance(error, Image.UnidentifiedImageError):
         reason = "not an image, or of a kind that Pillow does not know"
     else:
         reason = f"damaged or not supported: {error}"
-    return InputError(f"Cannot read image {place or path}: {reason}.")
+    name = place or ("" if isinstance(source, bytes) else source)
+    return InputError(f"Cannot read image {name}: {reason}.")
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
+def to_8_bit(image: Image.Image, max_side: int = 0) -> Image.Image:
+    """Returns an image of any mode as 'L' or 'RGB', reduced; see `decode`."""
+    image = _grey_or_rgb(image)
+    if max_side > 0 and min(image.size) >= 2 * max_side:
+        image = image.reduce(min(image.size) // max_side)
+    return image
+
+
+def _grey_or_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(_scale_to_8_bit(np.asarray(image)))
     if image.has_transparency_data:

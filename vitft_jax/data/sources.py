@@ -9,7 +9,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vitft_jax.data.images import ImageFiles, find_images
+from vitft_jax.data import npz_source, tfds_source
+from vitft_jax.data.images import ImageFiles, find_images, side_to_keep
 from vitft_jax.data.splits import SPLITS, check_splits, hold_out, split_by_group
 from vitft_jax.data.tables import Examples, read_table
 from vitft_jax.errors import InputError, nearest
@@ -63,23 +64,32 @@ def load(
 ) -> Dataset:
     """Finds the examples of a dataset and gives each a class, a group and a split.
 
-    Splits come from the table. If it has none, they are made by group, stratified, from the seed; if it has train and
-    test only, val is `val_fraction` of train, chosen the same way.
+    Splits come from the table or the dataset. If it has none, they are made by group, stratified, from the seed; if it
+    has train and test only, val is `val_fraction` of train, chosen the same way.
 
     Args:
-      config: the `data` group: `source` ('folder'), `path` (the image folder), `table` (CSV file, relative to `path` or
-        absolute; '' for one sub-folder per class), `labels` (names of 0/1 columns for multi-label, else ()),
-        `val_fraction`, `test_fraction`, and `image_size` (pixels; 0 if not known yet), from which follows how far very
-        large images are reduced when read.
+      config: the `data` group: `val_fraction`, `test_fraction`, `image_size` (pixels; 0 if not known yet; from it
+        follows how far very large images are reduced when read), and `source` with what it reads:
+        - 'folder': `path` (the image folder), `table` (CSV file, relative to `path` or absolute; '' for one sub-folder
+          per class), `labels` (names of 0/1 columns for multi-label, else ());
+        - 'tfds': `name`, `path` and `labels`, see `tfds_source`;
+        - 'npz': `path` and `labels`, see `npz_source`.
       seed: of the split, 0 .. 2**32 - 1.
       classes: if given, exactly these classes, in this order (those of a trained model); other labels are errors.
-      table: a table that overrides `config.table`; its paths are relative to `config.path` (a run's own split).
+      table: a table that `write_table` wrote of this dataset (a run's own split), instead of `config.table` or of the
+        labels, groups and splits in the dataset.
 
     Raises:
-      InputError: anything in the folder, the table or the config that cannot be trained on.
+      InputError: anything in the data, the table or the config that cannot be trained on.
     """
     if config.source not in SOURCES:
         raise InputError(f"data.source = {config.source!r} is unknown; {nearest(config.source, SOURCES)}")
+    for key, source in _ONLY_FOR.items():
+        if config.get(key) and config.source != source:
+            raise InputError(
+                f"data.{key} = {config[key]!r}: only data.source={source!r} has a use for it, and data.source is "
+                f"{config.source!r}; leave one of them out."
+            )
     if not 0 <= seed < 2**32:
         raise InputError(f"seed = {seed}: must lie in 0..2**32 - 1.")
     examples, images, found = SOURCES[config.source](config, table)
@@ -118,15 +128,17 @@ def _folder(config: ConfigDict, table: str | Path | None) -> tuple[Examples, Ima
     else:
         examples = _scan(root)
     found = tuple(config.labels) if config.labels else tuple(sorted(set(examples.labels)))
-    # Room for a crop of a quarter of the area, and for an antialiased resize after the integer reduction.
-    max_side = 2 * (config.get("image_size") or 0)
+    max_side = side_to_keep(config.image_size)
     return examples, ImageFiles(root, examples.names, places=examples.places, max_side=max_side), found
 
 
-# A new source (TFDS, npz, generated images) is one entry: config, overriding table -> examples, images, class names.
+# A new source is one entry: config, overriding table -> examples, images, class names.
 SOURCES: dict[str, Callable[[ConfigDict, str | Path | None], tuple[Examples, Images, tuple[str, ...]]]] = {
-    "folder": _folder
+    "folder": _folder,
+    "tfds": tfds_source.read,
+    "npz": npz_source.read,
 }
+_ONLY_FOR = {"table": "folder", "name": "tfds"}  # keys that other sources have no use for
 
 
 def _scan(root: Path) -> Examples:

@@ -2,7 +2,7 @@
 
 import csv
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from vitft_jax.errors import InputError, nearest
 if TYPE_CHECKING:
     from vitft_jax.data.sources import Dataset
 
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     "train": "train",
     "training": "train",
     "val": "val",
@@ -33,11 +33,11 @@ class Examples:
     """Examples as the user listed them, in his order. All fields have one entry for each example.
 
     Attributes:
-      names: path relative to the image folder, '/' between parts.
+      names: path relative to the image folder, '/' between parts; without a folder, any names, each once.
       labels: class name of each example; or, when multi-label, float32 (n, C) of 0/1.
       groups: patient or video; the name of the example where none is given.
       splits: 'train', 'val' or 'test'; None where the table has no such column.
-      places: name and table row, for messages.
+      places: how the user knows each example (its name, and the table row if there is one), for messages.
     """
 
     names: tuple[str, ...]
@@ -60,9 +60,55 @@ def read_table(table: Path, root: Path, base: Path, label_columns: Sequence[str]
       InputError: the table is missing, not UTF-8 or malformed, lacks a column, has no rows, or a row has a bad value, a
         path outside `root`, the path of an earlier row or an image that does not exist.
     """
+    prefix = base.relative_to(root).as_posix()
+    examples, numbers = _read(table, label_columns, lambda path, where: _inside(path, prefix, where, root))
+    missing = [i for i, name in enumerate(examples.names) if not (root / name).is_file()]
+    if missing:
+        slash = "\nPut '/' between folders, not '\\'." if any("\\" in examples.names[i] for i in missing) else ""
+        raise InputError(
+            f"{table}: {len(missing)} of {len(examples.names)} images are not in {root}:"
+            f"{_rows(examples, numbers, missing)}{slash}\n"
+            "Correct the paths (they are relative to the table) or take the rows out."
+        )
+    return examples
+
+
+def read_run_table(table: Path, known: Container[str], where: str | Path, label_columns: Sequence[str]) -> Examples:
+    """Reads what `write_table` wrote of a dataset that is no folder: column `path` holds the names of examples.
+
+    Args:
+      table: as in `read_table`.
+      known: the names in the dataset now.
+      where: the dataset, for messages.
+      label_columns: as in `read_table`.
+
+    Raises:
+      InputError: as `read_table`, or examples are not in the dataset any more.
+    """
+    examples, numbers = _read(table, label_columns, lambda name, _: name)
+    missing = [i for i, name in enumerate(examples.names) if name not in known]
+    if missing:
+        raise InputError(
+            f"{table}: {len(missing)} of {len(examples.names)} examples are not in {where}:"
+            f"{_rows(examples, numbers, missing)}\n"
+            "The dataset has changed since the table was written; restore it, or start a new run."
+        )
+    return examples
+
+
+def check_label_columns(label_columns: Sequence[str]) -> None:
+    """Raises InputError if these cannot be the columns of a multi-label table."""
+    for column in label_columns:
+        if column in _RESERVED or list(label_columns).count(column) > 1:
+            raise InputError(f"data.labels: {column!r} cannot be a label column; name 0/1 columns, each once.")
+
+
+def _read(
+    table: Path, label_columns: Sequence[str], to_name: Callable[[str, str], str]
+) -> tuple[Examples, tuple[int, ...]]:
+    """Returns the rows as examples, and the number of each row; `to_name` takes a path and its place."""
     header, rows = _read_rows(table)
     _check_columns(header, table, label_columns)
-    prefix = base.relative_to(root).as_posix()
     names: list[str] = []
     labels: list[str] = []
     binary: list[list[float]] = []
@@ -72,7 +118,7 @@ def read_table(table: Path, root: Path, base: Path, label_columns: Sequence[str]
     for number, cells in rows:
         row = dict(zip(header, cells, strict=True))
         where = f"{table}, row {number}"
-        name = _inside(row["path"], prefix, where, root)
+        name = to_name(row["path"], where)
         if name in first_row:
             raise InputError(
                 f"{where}: {row['path']!r} is listed in row {first_row[name]} already; keep one of the two."
@@ -88,21 +134,21 @@ def read_table(table: Path, root: Path, base: Path, label_columns: Sequence[str]
         groups.append(row.get("group") or name)
         if "split" in header:
             splits.append(_split(row["split"], where))
-    _check_exist(names, list(first_row.values()), root, table)
-    return Examples(
+    examples = Examples(
         names=tuple(names),
         labels=np.array(binary, np.float32) if label_columns else tuple(labels),
         groups=tuple(groups),
         splits=tuple(splits) if "split" in header else None,
         places=tuple(f"{name} ({table.name}, row {number})" for name, number in first_row.items()),
     )
+    return examples, tuple(first_row.values())
 
 
 def write_table(dataset: "Dataset", path: str | Path) -> None:
     """Writes the examples, labels, groups and splits of a dataset as a CSV table.
 
-    Its paths are relative to the image folder, wherever the table lies: `load(config, seed, classes=dataset.classes,
-    table=path)` gives the same dataset again.
+    Its paths are relative to the image folder, wherever the table lies (without a folder they are the names):
+    `load(config, seed, classes=dataset.classes, table=path)` gives the same dataset again.
     """
     columns = dataset.classes if dataset.multilabel else ("label",)
     with Path(path).open("w", encoding="utf-8", newline="") as file:
@@ -147,9 +193,7 @@ def _check_columns(header: list[str], table: Path, label_columns: Sequence[str])
     twice = sorted({column for column in header if header.count(column) > 1})
     if twice:
         raise InputError(f"{table}: column {twice[0]!r} is there twice; rename one.")
-    for column in label_columns:
-        if column in _RESERVED or list(label_columns).count(column) > 1:
-            raise InputError(f"data.labels: {column!r} cannot be a label column; name 0/1 columns, each once.")
+    check_label_columns(label_columns)
     for column in ("path", *(label_columns or ("label",))):
         if column not in header:
             hint = "separate the columns by commas" if len(header) == 1 else nearest(column, header)
@@ -175,18 +219,11 @@ def _binary(value: str, column: str, where: str) -> float:
 
 
 def _split(value: str, where: str) -> str:
-    if value.lower() not in _SPLIT_NAMES:
+    if value.lower() not in SPLIT_NAMES:
         raise InputError(f"{where}: the split is {value!r}; {nearest(value, ('train', 'val', 'test'))}")
-    return _SPLIT_NAMES[value.lower()]
+    return SPLIT_NAMES[value.lower()]
 
 
-def _check_exist(names: list[str], numbers: list[int], root: Path, table: Path) -> None:
-    missing = [(number, name) for number, name in zip(numbers, names, strict=True) if not (root / name).is_file()]
-    if missing:
-        listed = "\n  ".join(f"row {number}: {name}" for number, name in missing[:5])
-        more = f"\n  ... and {len(missing) - 5} more" if len(missing) > 5 else ""
-        slash = "\nPut '/' between folders, not '\\'." if any("\\" in name for _, name in missing) else ""
-        raise InputError(
-            f"{table}: {len(missing)} of {len(names)} images are not in {root}:\n  {listed}{more}{slash}\n"
-            "Correct the paths (they are relative to the table) or take the rows out."
-        )
+def _rows(examples: Examples, numbers: Sequence[int], chosen: Sequence[int]) -> str:
+    listed = "".join(f"\n  row {numbers[i]}: {examples.names[i]}" for i in chosen[:5])
+    return listed + (f"\n  ... and {len(chosen) - 5} more" if len(chosen) > 5 else "")
