@@ -174,7 +174,8 @@ def peft_adalora() -> dict[str, np.ndarray]:
     steps: dict[str, list[np.ndarray]] = {}
     for step in range(1, config.total_step + 1):
         optimizer.zero_grad()
-        model(pixel_values=torch.randn(8, 3, 8, 8), labels=torch.randint(CLASSES, (8,))).loss.backward()
+        # Not `model(...)`: that goes past the tuner, which is what adds the penalty.
+        model.base_model(pixel_values=torch.randn(8, 3, 8, 8), labels=torch.randint(CLASSES, (8,))).loss.backward()
         torch.nn.utils.clip_grad_norm_(adapters.values(), 1.0)
         before = {name: parameter.detach().clone() for name, parameter in adapters.items()}
         optimizer.step()

@@ -287,7 +287,7 @@ def report(trainable: Variables, opt_state: Any, settings: Settings) -> dict[str
             f"adalora: at the end the total rank is {ranks.sum()} of a budget of {budget}, and {outside} singular values "
             "outside it are not zero; something other than this method changed the adapters or the optimiser state"
         )
-    sizes = [a["q"].shape[0] + a["p"].shape[1] for a in adapters.values()]
+    sizes = [a["q"].shape[0] + 1 + a["p"].shape[1] for a in adapters.values()]
     return {
         "active_rank": {path: int(rank) for path, rank in zip(adapters, ranks, strict=True)},
         "total_rank": int(ranks.sum()),
@@ -303,7 +303,9 @@ def method(config: Any) -> Method:
     """
     c = config.adalora
     if not 1 <= c.target_r <= c.init_r:
-        raise InputError(f"adalora.target_r={c.target_r}, adalora.init_r={c.init_r}: ranks fall, and no lower than to 1")
+        raise InputError(
+            f"adalora.target_r={c.target_r}, adalora.init_r={c.init_r}: ranks fall, and no lower than to 1"
+        )
     for key in ("t_init", "t_final"):
         if not 0 <= c[key] < 1:
             raise InputError(f"adalora.{key}={c[key]}: a share of the run, at least 0 and below 1")
