@@ -1,7 +1,7 @@
 """Fine-tunes a pretrained Vision Transformer on labelled images.
 
-Writes a run folder: resolved config, metrics, checkpoints (newest and best), predictions, summary and figures. The same command goes
-on where an interrupted run stopped.
+Writes a run folder: resolved config, metrics, checkpoints (newest and best), predictions, summary and figures. The same
+command goes on where an interrupted run stopped.
 """
 
 import json
