@@ -1,9 +1,10 @@
-"""Writes `tests/golden/*.npz`: tiny random models of transformers and timm with their logits at three image sizes.
+"""Writes `tests/golden/*.npz`: tiny random models of transformers and timm with their logits, and a run of PEFT's AdaLoRA.
 
     PYTHONPATH=. python scripts/make_golden.py
 
-Needs the extra `interop`. Each file holds `config` (the library's config.json, as text), `tensor/<name>` as the library
-writes them, and `image/<size>` (NCHW) with `logits/<size>`. Size 16 is native; 24 and 12 resample the positions.
+Needs the extra `interop`. The file of a model holds `config` (the library's config.json, as text), `tensor/<name>` as the
+library writes them, and `image/<size>` (NCHW) with `logits/<size>`. Size 16 is native; 24 and 12 resample the positions.
+`adalora.npz` is described at `peft_adalora`.
 """
 
 import json
@@ -38,6 +39,17 @@ PEFT = {  # of lora.npz, dora.npz and pissa.npz; `peft_names.SETTINGS` in the te
     "use_rslora": True,
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"],
     "rank_pattern": {"layers.1.attention.q_proj": 2},
+}
+
+ADALORA = {  # of adalora.npz; tests/peft_names.py states the same settings in our terms
+    "init_r": 4,
+    "target_r": 2,
+    "lora_alpha": 8,
+    "tinit": 2,
+    "tfinal": 6,
+    "deltaT": 3,
+    "total_step": 20,
+    "target_modules": ["q_proj", "k_proj", "v_proj"],
 }
 
 
@@ -130,6 +142,59 @@ def peft_lora(**changes: object) -> tuple[dict, str, Callable]:
     return tensors, text, lambda images: model(images, interpolate_pos_encoding=True).logits
 
 
+def peft_adalora() -> dict[str, np.ndarray]:
+    """Records a run of PEFT's AdaLoRA, so that an allocator can be replayed on it.
+
+    Holds, by name of an adapter's parameter without its prefix and suffix: `initial/<name>`, and for every step
+    `gradient/<name>` (clipped), `update/<name>` (what AdamW adds, before the mask), and of the parameters `lora_E` their
+    values after the step, `value/<name>`, and PEFT's pattern by then, `mask/<name>`.
+    """
+    import peft
+
+    base = transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            hidden_size=8,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=16,
+            image_size=8,
+            patch_size=4,
+            num_labels=CLASSES,
+        )
+    )
+    config = peft.AdaLoraConfig(**ADALORA)
+    model = peft.get_peft_model(randomise(base), config).train()
+    adapters = {
+        name.removeprefix("base_model.model.").removesuffix(".default"): parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
+    optimizer = torch.optim.AdamW(adapters.values(), lr=0.02, weight_decay=0.0)
+    arrays = {f"initial/{name}": parameter.detach().numpy().copy() for name, parameter in adapters.items()}
+    steps: dict[str, list[np.ndarray]] = {}
+    for step in range(1, config.total_step + 1):
+        optimizer.zero_grad()
+        # Not `model(...)`: that goes past the tuner, which is what adds the penalty.
+        model.base_model(pixel_values=torch.randn(8, 3, 8, 8), labels=torch.randint(CLASSES, (8,))).loss.backward()
+        torch.nn.utils.clip_grad_norm_(adapters.values(), 1.0)
+        before = {name: parameter.detach().clone() for name, parameter in adapters.items()}
+        optimizer.step()
+        with torch.no_grad():
+            for name, parameter in adapters.items():
+                update = parameter - before[name]
+                parameter.copy_(before[name] + update)  # the sum of two floats, so that a replay gets the same
+                steps.setdefault(f"update/{name}", []).append(update.numpy().copy())
+                steps.setdefault(f"gradient/{name}", []).append(parameter.grad.numpy().copy())
+        model.base_model.update_and_allocate(step)
+        patterns = model.peft_config["default"].rank_pattern  # None before the first allocation
+        for name, parameter in adapters.items():
+            if name.endswith("lora_E"):
+                kept = patterns[f"{name}.default"] if patterns else [True] * config.init_r
+                steps.setdefault(f"value/{name}", []).append(parameter.detach().numpy().copy())
+                steps.setdefault(f"mask/{name}", []).append(np.array(kept))
+    return arrays | {name: np.stack(values) for name, values in steps.items()}
+
+
 def make() -> dict[str, Callable[[], tuple[dict, str, Callable]]]:
     """The families: name of the golden file to what makes it."""
     t = transformers
@@ -151,21 +216,26 @@ def make() -> dict[str, Callable[[], tuple[dict, str, Callable]]]:
     }
 
 
+def with_logits(tensors: dict, config: str, logits: Callable) -> dict[str, np.ndarray]:
+    """Arrays of the file of a model."""
+    arrays = {f"tensor/{name}": tensor for name, tensor in tensors.items()}
+    for size in SIZES:
+        images = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            arrays |= {f"image/{size}": images.numpy(), f"logits/{size}": logits(images).numpy()}
+    return arrays | {"config": np.array(config)}
+
+
 def main() -> None:
     """Writes all files, or those named on the command line."""
     GOLDEN.mkdir(parents=True, exist_ok=True)
     families = make()
-    for family in sys.argv[1:] or families:
-        torch.manual_seed(zlib.crc32(family.encode()))
-        tensors, config, logits = families[family]()
-        arrays = {f"tensor/{name}": tensor for name, tensor in tensors.items()}
-        for size in SIZES:
-            images = torch.randn(2, 3, size, size)
-            with torch.no_grad():
-                arrays |= {f"image/{size}": images.numpy(), f"logits/{size}": logits(images).numpy()}
-        np.savez_compressed(GOLDEN / f"{family}.npz", config=np.array(config), **arrays)
-        spread = float(np.std(arrays["logits/16"]))
-        print(json.dumps({"family": family, "logits_std": spread, "bytes": (GOLDEN / f"{family}.npz").stat().st_size}))
+    for name in sys.argv[1:] or [*families, "adalora"]:
+        torch.manual_seed(zlib.crc32(name.encode()))
+        arrays = peft_adalora() if name == "adalora" else with_logits(*families[name]())
+        np.savez_compressed(GOLDEN / f"{name}.npz", **arrays)
+        spread = float(np.std(arrays["logits/16"])) if "logits/16" in arrays else None
+        print(json.dumps({"name": name, "logits_std": spread, "bytes": (GOLDEN / f"{name}.npz").stat().st_size}))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_differences_name_key_and_both_values(file):
     assert configs.differences(configs.load(file), configs.load(file, ["seed=3"])) == ["seed: 0 there, 3 here"]
 
 
-@pytest.mark.parametrize("name", ["lora", "probe", "full"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "probe", "full"])
 def test_shipped_configs_load(name, pytestconfig):
     configs.load(str(pytestconfig.rootpath / "configs" / f"{name}.py"))
 

@@ -79,6 +79,17 @@ def default() -> Config:
     lo.rank_pattern = ()  # ((regex, rank), ...): other ranks for some layers, 0 for none; first match wins
     lo.rs = False  # rsLoRA: scale by alpha / sqrt(rank)
     lo.lr_ratio = 1.0  # LoRA+: learning rate of B over that of A
+
+    c.adalora = ad = Config()
+    ad.init_r = 12  # rank of every adapter at the start; 12 and 8 are PEFT's
+    ad.target_r = 8  # mean rank at the end; equal to `init_r` = nothing is pruned
+    ad.alpha = 24.0  # the change of a kernel is alpha / init_r * Q diag(lam) P; the scale 2 of LoRA's defaults
+    ad.targets = "qkv"  # as lora.targets; rank moves among all of these layers
+    ad.t_init = 0.1  # share of the steps before ranks fall: as long as the learning rate rises
+    ad.t_final = 0.4  # share of the steps with final ranks, at the end; the best checkpoint is one of these
+    ad.delta_t = 1  # optimiser steps between allocations; 1 fits a run of any length
+    ad.penalty = 0.5  # weight of the orthogonality penalty; PEFT's
+    ad.importance_at = "post"  # weights in the importance: 'post' the step, as in PEFT, or 'pre', as in the paper
     return c.lock()
 
 

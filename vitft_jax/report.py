@@ -1,10 +1,11 @@
-"""What a run says: lines in `metrics.jsonl`, `summary.json`, predictions, and its progress on the screen."""
+"""What a run says: lines in `metrics.jsonl`, `summary.json`, predictions, figures, and its progress on the screen."""
 
 import csv
 import json
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -62,7 +63,7 @@ class MetricsLog:
         write_text(path, "".join(kept))
         self._path = path
 
-    def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
+    def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Appends one line."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite({"step": step, "split": split, **values})) + "\n")
@@ -154,6 +155,30 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return "unknown"
+
+
+def heat_map(path: Path, values: Mapping[str, float], title: str) -> None:
+    """Draws a number per layer as a PNG: a row per block, a column per matrix; `values` is by path of a layer."""
+    from matplotlib.figure import Figure  # slow to import, and few runs draw
+
+    cells = {tuple(name.split("/", 1)): value for name, value in values.items()}
+    number = re.compile(r"\d+")
+    rows = sorted({row for row, _ in cells}, key=lambda row: [int(n) for n in number.findall(row)])
+    columns = list(dict.fromkeys(column for _, column in cells))
+    grid = np.array([[cells.get((row, column), np.nan) for column in columns] for row in rows], float)
+    figure = Figure(figsize=(2 + 0.9 * len(columns), 1.5 + 0.35 * len(rows)), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    top = np.nanmax(grid)
+    image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_title(title)
+    for (i, j), value in np.ndenumerate(grid):
+        if not math.isnan(value):
+            axes.text(j, i, f"{value:g}", ha="center", va="center", color="white" if value > 0.6 * top else "black")
+    figure.colorbar(image)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
 
 
 def print_results(title: str, splits: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:

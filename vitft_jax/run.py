@@ -1,7 +1,8 @@
 """A run: the folder that holds it, and the program and variables that a config stands for.
 
 A run folder holds `config.json` (resolved), `run.json` (what came from outside: weights, classes), `split.csv` (which image
-is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv` and `checkpoints/`.
+is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv`, `checkpoints/` and, where there is something
+to draw, `figures/`.
 """
 
 import json
@@ -166,6 +167,7 @@ class Folder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
+        self.figures = path / "figures"
 
     @property
     def exists(self) -> bool:

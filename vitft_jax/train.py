@@ -1,13 +1,13 @@
 """Fine-tunes a pretrained Vision Transformer on labelled images.
 
-Writes a run folder: resolved config, metrics, checkpoints (newest and best), predictions and summary. The same command goes
-on where an interrupted run stopped.
+Writes a run folder: resolved config, metrics, checkpoints (newest and best), predictions, summary and figures. The same
+command goes on where an interrupted run stopped.
 """
 
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,12 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         return summary
 
     with Checkpoints(folder.checkpoints) as checkpoints:
-        timing = _fit(config, dataset, built, batches, folder, checkpoints)
+        state, timing = _fit(config, dataset, built, batches, folder, checkpoints)
         trainable, best_step = checkpoints.restore_best(built.trainable)
+    told = built.program.method.report(trainable, state.opt_state)
+    for name, values in told.items():
+        if isinstance(values, Mapping):
+            report.heat_map(folder.figures / f"{name}.png", values, name.replace("_", " "))
 
     results, speed = {}, math.nan
     for split in ("val", "test"):
@@ -65,6 +69,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         {
             "metrics": results,
             "best_step": best_step,
+            "candidates_from_step": _ready_from(built),
+            "method": told,
             "parameters": built.parameters,
             "bytes": {
                 "trainable": tree.nbytes(built.trainable),
@@ -87,8 +93,8 @@ def _fit(
     batches: data.Batches,
     folder: run.Folder,
     checkpoints: Checkpoints,
-) -> dict[str, float]:
-    """The loop over steps, from the newest checkpoint to the end; returns timing."""
+) -> tuple[step.State, dict[str, float]]:
+    """The loop over steps, from the newest checkpoint to the end; returns the last state and timing."""
     program, per_epoch = built.program, data.steps_per_epoch(dataset, config.train.batch_size)
     state = step.init_state(program, built.trainable)
     # `waited` counts the epochs since the best; `input`, added when saved, is the position in the stream of batches.
@@ -117,14 +123,19 @@ def _fit(
                 means = meter.take()
                 if not math.isfinite(means["loss"]):
                     raise InputError(f"the loss is {means['loss']} by step {done}; try a lower train.lr")
-                log.write(done, "train", means)
+                log.write(done, "train", {**means, **program.method.report(state.trainable, state.opt_state)})
             if epoch_ends:
                 meter.pause()
                 loop, rank = _validate(config, dataset, built, state, loop, log, screen, done)
                 checkpoints.save(state, {**loop, "input": batches.get_state()}, rank)
                 runtime.release()
                 meter.resume()
-    return {"train_images_per_second": meter.images_per_second, "steps": done}
+    return state, {"train_images_per_second": meter.images_per_second, "steps": done}
+
+
+def _ready_from(built: run.Built) -> int:
+    """First step whose checkpoint may be the best."""
+    return built.program.method.ready_from(built.total_steps)
 
 
 def _validate(
@@ -143,12 +154,14 @@ def _validate(
     log.write(done, "val", values)
     name = config.train.best_metric
     # Where images are few the metric saturates; of equal values the lower loss is the better model.
-    rank = [-values[name] if name == "loss" else values[name], -out.loss]
+    ready = done >= _ready_from(built)
+    rank = [float(ready), -values[name] if name == "loss" else values[name], -out.loss]
     better = loop["best"] is None or rank > loop["best"]
-    waited = 0 if better else loop["waited"] + 1
+    waited = 0 if better or not ready else loop["waited"] + 1
     stopped = bool(config.train.patience) and waited >= config.train.patience
     shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
-    screen.say(f"step {done}  val  {shown}{'  (best so far)' if better else ''}")
+    note = "  (best so far)" if better else ""
+    screen.say(f"step {done}  val  {shown}{note if ready else f'  (no candidate before step {_ready_from(built)})'}")
     if stopped:
         screen.say(f"stops: {waited} epochs without a better {name}")
     return {"best": rank if better else loop["best"], "waited": waited, "stopped": stopped}, rank

@@ -32,6 +32,10 @@ class Method:
         penalty: Maps the trainable variables to a scalar that is added to the loss, or None.
         wrap_tx: ``wrap_tx(tx, total_steps)`` wraps the optimiser.
         merge: Folds the adapters into `params`; takes and returns variables, without its own collections.
+        ready_from: Maps the number of steps of a run to the first one whose model is what the method promises; an
+            earlier one is never kept as the best, and early stopping waits for it.
+        report: ``report(trainable, opt_state)``, what the method did so far, as JSON, for `metrics.jsonl` and
+            `summary.json`; an entry that maps paths of layers to numbers is drawn as a heat map.
     """
 
     collections: tuple[str, ...] = ()
@@ -41,6 +45,8 @@ class Method:
     penalty: Callable[[Variables], Array] | None = None
     wrap_tx: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = lambda tx, total_steps: tx
     merge: Callable[[Variables], Variables] = lambda variables: variables
+    ready_from: Callable[[int], int] = lambda total_steps: 0
+    report: Callable[[Variables, Any], dict[str, Any]] = lambda trainable, opt_state: {}
 
     @property
     def dot_general_cls(self) -> DotGeneralCls | None:
@@ -91,6 +97,10 @@ def stack(methods: Sequence[Method]) -> Method:
         penalty=(lambda variables: sum(p(variables) for p in penalties)) if penalties else None,
         wrap_tx=wrap_tx,
         merge=merge,
+        ready_from=lambda total_steps: max((m.ready_from(total_steps) for m in methods), default=0),
+        report=lambda trainable, opt_state: {
+            key: value for m in methods for key, value in m.report(trainable, opt_state).items()
+        },
     )
 
 
