@@ -59,7 +59,7 @@ def tiny_config(image_folder, monkeypatch) -> configs.Config:
     """A run of a few steps on `image_folder` with a random tiny model."""
     monkeypatch.setitem(vit.VARIANTS, "tiny_test", TINY)
     config = configs.default()
-    config.model.name = "tiny_test"
+    config.model.name, config.model.pretrained = "tiny_test", ""
     config.data.path = str(image_folder)
     config.data.image_size = 16
     config.data.val_fraction = config.data.test_fraction = 0.2

@@ -26,14 +26,14 @@ def default() -> Config:
     c.methods = ()  # modules of vitft_jax.methods, inner to outer, such as ('lora',)
 
     c.data = d = Config()
-    d.source = "folder"  # 'folder' of image files, 'tfds' (TensorFlow Datasets) or 'npz' (MedMNIST)
-    d.path = ""  # the folder; tfds: the data_dir ('' = TFDS's own) or one prepared dataset; npz: the file
-    d.table = (
-        ""  # folder: a CSV with path, label (or the columns in `labels`), group, split; '' = a sub-folder per class
+    d.source = (
+        ""  # 'phantom' (generated), 'folder', 'tfds' or 'npz' (MedMNIST); '' = what `path` is, without one phantom
     )
-    d.name = ""  # tfds: 'dataset', 'dataset/config:1.0.0'; '' = `path` is the prepared dataset itself
+    d.path = ""  # the folder of images; tfds: the data_dir ('' = TFDS's own) or one prepared dataset; npz: the file
+    d.table = ""  # folder: CSV with path, label (or the columns in `labels`), group, split; '' = a sub-folder per class
+    d.name = ""  # tfds: 'dataset/config:1.0.0', '' = `path` is the dataset; phantom: 'source', 'target' (''), 'video'
     d.labels = ()  # names of 0/1 columns or features: several labels an image; npz: names of the classes
-    d.image_size = 224  # side of the square input, pixels
+    d.image_size = 0  # side of the square input, pixels; 0 = that of the weights, or 224 for random ones
     d.fit = "squash"  # 'squash' keeps the whole field of view, 'crop' the aspect ratio, 'pad' both
     d.val_fraction = 0.1  # share of the images, in whole groups, where the table has no split
     d.test_fraction = 0.2
@@ -51,7 +51,7 @@ def default() -> Config:
     a.cutmix = 0.0  # the same when pairs exchange a box, such as 1; with both on, each batch gets one of them; 0 = off
 
     c.model = m = Config()
-    m.pretrained = ""  # a directory or file of weights, or a Hugging Face Hub id; '' = random
+    m.pretrained = "bundled"  # a directory or file of weights, or a Hugging Face Hub id; '' = random
     m.revision = ""  # commit, tag or branch of a Hub id; '' = its main branch, and the run records the commit
     m.name = ""  # a key of vit.VARIANTS; '' = as the weights say
     m.features = ""  # input of the head: 'cls', 'mean' or 'cls+mean'; '' = as the weights say
@@ -158,7 +158,7 @@ def check(config: Config) -> None:
     for key, choices in allowed.items():
         if values[key] not in choices:
             raise InputError(f"config key {key}={values[key]!r}: one of {', '.join(map(repr, choices))}")
-    lowest = {"data.image_size": 1, "data.workers": 0, "train.batch_size": 1, "train.accumulate": 1, "train.steps": 0}
+    lowest = {"data.image_size": 0, "data.workers": 0, "train.batch_size": 1, "train.accumulate": 1, "train.steps": 0}
     lowest |= {"train.lr": 0, "train.weight_decay": 0, "train.clip": 0, "train.patience": 0, "train.epochs": 0}
     for key, low in lowest.items():
         if values[key] < low:
@@ -180,7 +180,7 @@ def absolute(config: Config) -> Config:
     config = config.copy_and_resolve_references()
     for group, key in (("data", "path"), ("model", "pretrained")):
         path = Path(config[group][key]).expanduser()
-        if config[group][key] and path.exists():  # what is no path may be an id on the Hub
+        if config[group][key] not in ("", "bundled") and path.exists():  # what is no path may be an id on the Hub
             config[group][key] = str(path.resolve())
     return config
 

@@ -17,7 +17,7 @@ from vitft_jax import cli, data, metrics, report, runtime, step
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
-from vitft_jax.run import Built, Folder, build
+from vitft_jax.run import Built, Folder, build, resolve
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def evaluate(workdir: Path, split: str = "test") -> dict[str, Any]:
         InputError: No run or no checkpoint there, or its data or weights are not what they were.
     """
     folder = Folder(workdir)
-    config = folder.config()
+    config, source = resolve(folder.config())
     dataset = folder.dataset(config)
     if split not in data.SPLITS:
         raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
-    built = build(config, dataset)
+    built = build(config, dataset, source)
     folder.open(config, dataset, built)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, at = checkpoints.restore_best(built.trainable)

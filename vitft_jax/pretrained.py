@@ -5,7 +5,9 @@ AugReg. The tensors are renamed by the tables of `naming`, the architecture is r
 overrides what it states, and every leaf is then held against the model that results.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +16,8 @@ import numpy as np
 from vitft_jax import naming, position, tree, weightfiles
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.vit import VARIANTS, ViT
+
+BUNDLED = Path(__file__).parent / "weights" / "phantom_micro"
 
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -60,7 +64,8 @@ def load(source: str, revision: str = "", name: str = "") -> Pretrained:
               with heads 64 wide, and the normalisation from the family (ImageNet's for DeiT, DeiT-III and DINOv2,
               else 0.5); a DeiT without distillation token counts as a ViT here;
             - an `.npz` file of AugReg;
-            - the id 'owner/name' of such a directory on the Hugging Face Hub.
+            - the id 'owner/name' of such a directory on the Hugging Face Hub;
+            - 'bundled': the small ViT that comes with this package, see `weights/`.
         revision: Branch, tag or commit on the Hub; '' is its main branch.
         name: Key of `vit.VARIANTS` that the architecture must agree with; '' for no such check.
 
@@ -69,7 +74,9 @@ def load(source: str, revision: str = "", name: str = "") -> Pretrained:
     """
     if name and name not in VARIANTS:
         raise InputError(f"no architecture {name!r}; {nearest(name, VARIANTS)}")
-    weights = weightfiles.read(source, revision)
+    weights = weightfiles.read(str(BUNDLED) if source == "bundled" else source, revision)
+    if source == "bundled":
+        weights = replace(weights, source=source)  # the same run wherever the package is installed
     scheme = naming.find(weights)
     renamed = naming.rename(weights, scheme)
     params, problems = renamed.params, renamed.problems
@@ -115,15 +122,17 @@ def load(source: str, revision: str = "", name: str = "") -> Pretrained:
     )
 
 
-def fit(pretrained: Pretrained, initial: tree.Tree) -> dict[str, Any]:
+def fit(pretrained: Pretrained, initial: tree.Tree, classes: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the pretrained parameters for a model of another image size, number of classes or features.
 
-    Position embeddings are resampled to the model's grid. A head of the same shape is kept, so that a model with the
-    file's own classes goes on where it was; instead of a head of another shape, or none, comes the one in `initial`.
+    Position embeddings are resampled to the model's grid. A head for the same classes is kept, in the order of the model, so
+    that it goes on where it was; instead of a head for other classes, or none, comes the one in `initial`. Where the
+    names of the classes are not known on both sides, their number decides.
 
     Args:
         pretrained: What `load` returned.
         initial: `params` of the model, freshly initialised, or their shapes as `jax.eval_shape` gives them.
+        classes: Names of the model's outputs, where they are known.
 
     Returns:
         Nested dict with the leaves of `initial`; numpy arrays, but for heads taken from `initial`.
@@ -132,11 +141,18 @@ def fit(pretrained: Pretrained, initial: tree.Tree) -> dict[str, Any]:
         InputError: Anything but the positions and the heads differs.
     """
     wanted, params = tree.flatten(initial), tree.flatten(pretrained.params)
+    named = bool(classes and pretrained.classes)
+    other = named and set(classes) != set(pretrained.classes)
     for head in ("head", "head_dist"):
         leaves = (f"{head}/kernel", f"{head}/bias")
-        if any(leaf not in params or leaf not in wanted or params[leaf].shape != wanted[leaf].shape for leaf in leaves):
+        if other or any(
+            leaf not in params or leaf not in wanted or params[leaf].shape != wanted[leaf].shape for leaf in leaves
+        ):
             params = {leaf: value for leaf, value in params.items() if leaf not in leaves}
             params |= {leaf: wanted[leaf] for leaf in leaves if leaf in wanted}
+        elif named:
+            order = [pretrained.classes.index(name) for name in classes]
+            params |= {leaf: params[leaf][..., order] for leaf in leaves}
     prefix = 2 if pretrained.model["distilled"] else 1
     problems = []
     try:

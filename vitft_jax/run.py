@@ -8,7 +8,7 @@ to draw, `figures/`.
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,27 @@ def total_steps(config: configs.Config, dataset: data.Dataset) -> int:
     return config.train.steps or math.ceil(config.train.epochs * data.steps_per_epoch(dataset, config.train.batch_size))
 
 
-def build(config: configs.Config, dataset: data.Dataset) -> Built:
-    """Builds the model, its weights and its optimiser.
+def resolve(config: configs.Config) -> tuple[configs.Config, pretrained.Pretrained | None]:
+    """Reads the base weights; returns the config with what they determine filled in, and the weights.
 
     Raises:
-        InputError: The weights cannot be read or do not fit, a method refuses its settings, or nothing trains.
+        InputError: The weights cannot be read.
     """
     source = None
     if config.model.pretrained:
         source = pretrained.load(config.model.pretrained, config.model.revision, config.model.name)
+    config = configs.absolute(config)
+    config.data.image_size = config.data.image_size or (source.image_size if source else 224)
+    return config, source
+
+
+def build(config: configs.Config, dataset: data.Dataset, source: pretrained.Pretrained | None) -> Built:
+    """Builds the model and its optimiser, from what `resolve` returned.
+
+    Raises:
+        InputError: The weights do not fit, a method refuses its settings, or nothing trains.
+    """
+    if source is not None:
         architecture = dict(source.model)
     elif config.model.name in VARIANTS:
         architecture = dict(VARIANTS[config.model.name])
@@ -88,7 +100,8 @@ def build(config: configs.Config, dataset: data.Dataset) -> Built:
         select=method.select,
     )
     # On the device once: numpy arrays would be copied there at every step.
-    variables = jax.device_put(method.prepare(_initial(model, config, source, method)))
+    initial = _initial(model, config, source, method, () if dataset.multilabel else dataset.classes)
+    variables = jax.device_put(method.prepare(initial))
 
     steps_in_all = total_steps(config, dataset)
     trains = _trains(config, method)
@@ -114,7 +127,11 @@ def build(config: configs.Config, dataset: data.Dataset) -> Built:
 
 
 def _initial(
-    model: ViT, config: configs.Config, source: pretrained.Pretrained | None, method: methods.Method
+    model: ViT,
+    config: configs.Config,
+    source: pretrained.Pretrained | None,
+    method: methods.Method,
+    classes: Sequence[str],
 ) -> dict[str, Any]:
     """Variables of the model: pretrained where there is something pretrained, fresh elsewhere."""
     key, images = jax.random.key(config.seed), jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
@@ -125,7 +142,7 @@ def _initial(
             raise InputError(
                 f"{collection}.targets matches no linear layer of the model; layers are {', '.join(sorted(layers))}"
             )
-    known = {} if source is None else tree.flatten({"params": pretrained.fit(source, shapes["params"])})
+    known = {} if source is None else tree.flatten({"params": pretrained.fit(source, shapes["params"], classes)})
     known = {name: leaf for name, leaf in known.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
     # Only what is missing is drawn: to compile the draws of a whole model takes seconds.
     fresh = tree.flatten(jax.jit(lambda key: tree.split(model.init(key, images), lambda n: n not in known)[0])(key))

@@ -1,9 +1,9 @@
 """What a process does about memory on a CPU, where XLA takes its temporary buffer from malloc at every step.
 
 By default glibc maps that buffer and unmaps it again each time, and every step pays for the page faults. So freed memory stays
-with the process (`start`), on huge pages, which fault 512 times less often. Two things keep the buffer in one place then. Steps run
-one at a time, since each one in flight would hold a buffer of its own. And whatever is smaller finds room elsewhere, in a
-nursery: malloc takes the smallest free piece that is large enough, so nothing settles in the hole that the buffer leaves.
+with the process (`start`), on huge pages, which fault 512 times less often. Two things keep the buffer in one place then. Steps
+run one at a time, since each one in flight would hold a buffer of its own. And whatever is smaller finds room elsewhere, in
+a nursery: malloc takes the smallest free piece that is large enough, so nothing settles in the hole that the buffer leaves.
 """
 
 import ctypes

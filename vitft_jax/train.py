@@ -16,7 +16,7 @@ import numpy as np
 
 from vitft_jax import IMPORTED, cli, data, metrics, report, run, runtime, step, tree
 from vitft_jax.checkpoint import Checkpoints
-from vitft_jax.config import Config, absolute
+from vitft_jax.config import Config
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.evaluate import evaluate_split, outputs
 
@@ -30,13 +30,13 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         InputError: Config, data, weights or work directory are at fault; before any training where that can be seen.
     """
     started = time.perf_counter()
-    config = absolute(config)
+    config, source = run.resolve(config)
     folder = run.Folder(workdir)
     folder.check(config)
     dataset = folder.dataset(config)
     dataset.images.check()
     _check_metric(config, dataset)
-    built = run.build(config, dataset)
+    built = run.build(config, dataset, source)
     batches = data.train_batches(
         dataset,
         batch_size=config.train.batch_size,

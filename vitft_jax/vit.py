@@ -255,6 +255,7 @@ class ViT(nn.Module):
 
 
 _SIZES = {
+    "micro": {"width": 128, "depth": 6, "heads": 4, "hidden": 512},  # the bundled weights: at most 3 MB in float16
     "tiny": {"width": 192, "depth": 12, "heads": 3, "hidden": 768},
     "small": {"width": 384, "depth": 12, "heads": 6, "hidden": 1536},
     "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 3072},

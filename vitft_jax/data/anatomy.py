@@ -26,7 +26,7 @@ class Section:
     Attributes:
       width_mm: lateral extent; 0 is the middle.
       depth_mm: extent in depth.
-      maps: float32 (GRID, GRID, 3): scatter, mirror and attenuation as in `Tissue`.
+      maps: float32 (GRID, GRID, 4): scatter, mirror and attenuation as in `Tissue`, and the share of lesion, 0..1.
       bends: (amplitude, wavelength, phase) of layers, in mm, mm and radians.
       shift: lateral and axial offset of the probe in mm.
     """
@@ -39,6 +39,14 @@ class Section:
 
     def sample(self, x_mm: np.ndarray, z_mm: np.ndarray) -> Tissue:
         """Tissue at the nearest cells; outside of the grid, at its edge."""
+        found = self._at(x_mm, z_mm)
+        return Tissue(found[..., 0], found[..., 1], found[..., 2])
+
+    def lesion(self, x_mm: np.ndarray, z_mm: np.ndarray) -> np.ndarray:
+        """Share of lesion there, 0..1."""
+        return self._at(x_mm, z_mm)[..., 3]
+
+    def _at(self, x_mm: np.ndarray, z_mm: np.ndarray) -> np.ndarray:
         x, z = x_mm + np.float32(self.shift[0]), z_mm + np.float32(self.shift[1])
         fold = sum(
             np.float32(a) * np.sin(x * np.float32(2 * math.pi / wave) + np.float32(p)) for a, wave, p in self.bends
@@ -46,8 +54,7 @@ class Section:
         z = z + fold * np.clip(z / np.float32(10), 0, 1)  # the skin lies flat on the probe
         column = np.clip((x / np.float32(self.width_mm) + np.float32(0.5)) * GRID, 0, GRID - 1).astype(np.int32)
         row = np.clip(z * np.float32(GRID / self.depth_mm), 0, GRID - 1).astype(np.int32)
-        found = self.maps.reshape(-1, 3).take(row * GRID + column, axis=0)
-        return Tissue(found[..., 0], found[..., 1], found[..., 2])
+        return self.maps.reshape(-1, self.maps.shape[-1]).take(row * GRID + column, axis=0)
 
 
 @dataclass(eq=False)
@@ -68,6 +75,7 @@ class Canvas:
     level_db: np.ndarray = field(init=False)
     mirror: np.ndarray = field(init=False)
     attenuation: np.ndarray = field(init=False)
+    lesion: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.z = ((np.arange(GRID, dtype=np.float32) + 0.5) * (self.depth_mm / GRID))[:, None].astype(np.float32)
@@ -75,6 +83,7 @@ class Canvas:
         self.level_db = np.zeros((GRID, GRID), np.float32)
         self.mirror = np.zeros((GRID, GRID), np.float32)
         self.attenuation = np.zeros((GRID, GRID), np.float32)
+        self.lesion = np.zeros((GRID, GRID), np.float32)
 
     def noise(self, along_z: float, along_x: float) -> np.ndarray:
         """A smooth Gaussian field of variance 1 with the given length scales in mm: (GRID, GRID)."""
@@ -97,7 +106,7 @@ class Canvas:
     def section(self, bends: tuple, shift: tuple[float, float]) -> Section:
         """What was drawn, to be scanned."""
         scatter = np.exp(self.level_db * np.float32(math.log(10) / 20))
-        maps = np.stack([scatter, self.mirror, self.attenuation], axis=-1)
+        maps = np.stack([scatter, self.mirror, self.attenuation, self.lesion], axis=-1)
         return Section(self.width_mm, self.depth_mm, maps, bends, shift)
 
 
@@ -297,6 +306,7 @@ def _lesion(c: Canvas, finding: str, x: float, z: float) -> None:
     radius = _outline(c, harmonics, spicules, np.arctan2(v, u))
     distance = (radius - np.hypot(u, v)) * np.float32(min(width, height))  # mm inside of the border
     inside = step(distance, blur)
+    c.lesion = inside
     c.level_db += np.float32(halo) * np.exp(-(((distance + 1.2) / 1.2) ** 2))
     c.paint(inside, level + texture * (c.noise(0.8, 1.2) + 0.6 * c.noise(2.0, 2.0)), attenuation)
     c.mirror *= 1 - inside

@@ -110,7 +110,7 @@ def image(config: str, index: int) -> np.ndarray:
     patient = (*stream, _PATIENT, case.patient)
     habits = np.random.default_rng((*patient, 1))  # of the one who held the probe
     domain = replace(domain, gain_db=domain.gain_db + habits.normal(0, 3))
-    size = _extent(domain)
+    size = extent(domain)
     if config == "video":
         bad, cord, fluid = case.labels
         view = _move(habits, case.position, (*stream, _PATIENT, case.patient, 2))
@@ -143,7 +143,7 @@ def _move(rng: np.random.Generator, frame: int, seed: tuple[int, ...]) -> View:
     return View(float(plane), (float(x), float(z)), seed)
 
 
-def _extent(domain: Domain) -> tuple[float, float]:
+def extent(domain: Domain) -> tuple[float, float]:
     """Width and depth in mm that a probe sees."""
     if domain.geometry == "linear":
         return 10 * domain.width_cm, 10 * domain.depth_cm

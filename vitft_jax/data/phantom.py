@@ -91,7 +91,9 @@ def prepare(config: str, folder: Path) -> Phantom:
     """
     names = [known.name for known in Phantom.BUILDER_CONFIGS]
     if config not in names:
-        raise InputError(f"there is no generated set {config!r}; {nearest(config, names)}")
+        raise InputError(
+            f"there is no generated set {config!r}; {nearest(config, names)} (a TFDS dataset needs data.source=tfds)"
+        )
     folder = Path(folder).expanduser().absolute()
     place = folder / Phantom.name / config / str(Phantom.VERSION)
     with _quiet():

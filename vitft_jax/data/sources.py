@@ -1,5 +1,6 @@
 """Datasets: where examples come from, and which class, group and split each one has."""
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,10 +71,12 @@ def load(
     Args:
       config: the `data` group: `val_fraction`, `test_fraction`, `image_size` (pixels; 0 if not known yet; from it
         follows how far very large images are reduced when read), and `source` with what it reads:
+        - 'phantom': `name`, see `phantom.prepare` ('' is 'target');
         - 'folder': `path` (the image folder), `table` (CSV file, relative to `path` or absolute; '' for one sub-folder
           per class), `labels` (names of 0/1 columns for multi-label, else ());
         - 'tfds': `name`, `path` and `labels`, see `tfds_source`;
-        - 'npz': `path` and `labels`, see `npz_source`.
+        - 'npz': `path` and `labels`, see `npz_source`;
+        - '': what `path` is; 'phantom' without one.
       seed: of the split, 0 .. 2**32 - 1.
       classes: if given, exactly these classes, in this order (those of a trained model); other labels are errors.
       table: a table that `write_table` wrote of this dataset (a run's own split), instead of `config.table` or of the
@@ -82,17 +85,18 @@ def load(
     Raises:
       InputError: anything in the data, the table or the config that cannot be trained on.
     """
-    if config.source not in SOURCES:
-        raise InputError(f"data.source = {config.source!r} is unknown; {nearest(config.source, SOURCES)}")
-    for key, source in _ONLY_FOR.items():
-        if config.get(key) and config.source != source:
+    kind = config.source or _kind(config)
+    if kind not in SOURCES:
+        raise InputError(f"data.source = {kind!r} is unknown; {nearest(kind, SOURCES)}")
+    for key, kinds in _USED_BY.items():
+        if config.get(key) and kind not in kinds:
             raise InputError(
-                f"data.{key} = {config[key]!r}: only data.source={source!r} has a use for it, and data.source is "
-                f"{config.source!r}; leave one of them out."
+                f"data.{key} = {config[key]!r}: data.source={kind!r} has no use for it, only {' and '.join(kinds)}; "
+                "leave one of them out."
             )
     if not 0 <= seed < 2**32:
         raise InputError(f"seed = {seed}: must lie in 0..2**32 - 1.")
-    examples, images, found = SOURCES[config.source](config, table)
+    examples, images, found = SOURCES[kind](config, table)
     class_names = tuple(classes) if classes is not None else found
     labels = _encode(examples, found, class_names)
     splits = _complete_splits(examples, labels, config, seed)
@@ -132,13 +136,45 @@ def _folder(config: ConfigDict, table: str | Path | None) -> tuple[Examples, Ima
     return examples, ImageFiles(root, examples.names, places=examples.places, max_side=max_side), found
 
 
+def _phantom(config: ConfigDict, table: str | Path | None) -> tuple[Examples, Images, tuple[str, ...]]:
+    """Reads a set of generated ultrasound images, which is made at first use; returns its class names last."""
+    from vitft_jax.data import cases, phantom  # TFDS takes a while to import
+
+    name = config.name or "target"
+    builder = phantom.prepare(name, cache_folder())
+    labels = cases.LABELS if name == "video" else ()
+    return tfds_source.from_builder(builder, ConfigDict({"labels": labels, "image_size": config.image_size}), table)
+
+
 # A new source is one entry: config, overriding table -> examples, images, class names.
 SOURCES: dict[str, Callable[[ConfigDict, str | Path | None], tuple[Examples, Images, tuple[str, ...]]]] = {
+    "phantom": _phantom,
     "folder": _folder,
     "tfds": tfds_source.read,
     "npz": npz_source.read,
 }
-_ONLY_FOR = {"table": "folder", "name": "tfds"}  # keys that other sources have no use for
+_USED_BY = {  # keys that other sources have no use for
+    "path": ("folder", "tfds", "npz"),
+    "table": ("folder",),
+    "labels": ("folder", "tfds", "npz"),
+    "name": ("tfds", "phantom"),
+}
+
+
+def cache_folder() -> Path:
+    """The folder that generated images are kept in: $VITFT_JAX_CACHE, or vitft_jax in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("VITFT_JAX_CACHE") or Path(base) / "vitft_jax").expanduser()
+
+
+def _kind(config: ConfigDict) -> str:
+    """The source that `path` is."""
+    if not config.path:
+        return "phantom"
+    path = Path(config.path).expanduser()
+    if path.suffix == ".npz":
+        return "npz"
+    return "tfds" if config.name or (path / "dataset_info.json").is_file() else "folder"
 
 
 def _scan(root: Path) -> Examples:
