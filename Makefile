@@ -1,9 +1,9 @@
-# Two commands do everything on a fresh machine: `make demo` (soon) and `make test`. Both set up .venv first.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both set up .venv first.
 PYTHON := $(shell for p in python3.12 python3.13 python3.11; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := .venv/bin/python -m pytest -n auto
 
-.PHONY: setup setup-interop test test-interop lint format lock
+.PHONY: demo setup setup-interop test test-interop lint format lock
 
 setup: .venv/installed
 setup-interop: .venv/installed-interop
@@ -19,6 +19,9 @@ setup-interop: .venv/installed-interop
 .venv/installed-interop: .venv/installed
 	$(PIP) -e '.[dev,interop]'
 	@touch $@
+
+demo: .venv/installed  ## fine-tunes the bundled weights on generated ultrasound, in about two minutes
+	.venv/bin/python scripts/demo.py
 
 test: .venv/installed  ## core tests
 	$(PYTEST) -m 'not interop'

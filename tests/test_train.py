@@ -17,8 +17,8 @@ from vitft_jax.errors import InputError
 def trained(workdir):
     """The trainable leaves of the newest checkpoint."""
     folder = run.Folder(workdir)
-    config = folder.config()
-    built = run.build(config, folder.dataset(config))
+    config, source = run.resolve(folder.config())
+    built = run.build(config, folder.dataset(config), source)
     with Checkpoints(folder.checkpoints) as checkpoints:
         state, loop = checkpoints.restore(step.init_state(built.program, built.trainable))
     return state, loop

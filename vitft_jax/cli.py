@@ -32,11 +32,20 @@ def parse_with_config(
         "--config.KEY=VALUE", dest="_", metavar="", help="change a key, such as --config.lora.rank=16"
     )
     flags, rest = arguments.parse_known_args(argv)
+    return flags, configs.load(flags.config, overrides(arguments, rest))
+
+
+def overrides(arguments: argparse.ArgumentParser, rest: Sequence[str]) -> list[str]:
+    """The ``KEY=VALUE`` of what `arguments` left of a command line: ``--config.KEY=VALUE``.
+
+    Raises:
+        InputError: A flag is another, and so unknown.
+    """
     known = [option for action in arguments._actions for option in action.option_strings]
     for flag in rest:
         if not flag.startswith("--config."):
             raise InputError(f"unknown flag {flag!r}; {nearest(flag.split('=')[0], known)}")
-    return flags, configs.load(flags.config, [flag.removeprefix("--config.") for flag in rest])
+    return [flag.removeprefix("--config.") for flag in rest]
 
 
 def main(command: Callable[[], None]) -> None:

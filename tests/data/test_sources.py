@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 
+from vitft_jax import config as configs
+from vitft_jax.data import sources
 from vitft_jax.data.sources import load
 from vitft_jax.data.tables import write_table
 from vitft_jax.errors import InputError
@@ -322,3 +324,40 @@ def test_large_images_are_reduced_to_what_the_model_needs(config):
     assert load(config, 0).images[0].size == (8, 8)
     config.image_size = 0
     assert load(config, 0).images[0].size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("made", "path", "expected"),
+    [
+        ((), "", "phantom"),
+        (("images/",), "images", "folder"),
+        (("images/", "images/dataset_info.json"), "images", "tfds"),
+        (("set.npz",), "set.npz", "npz"),
+    ],
+)
+def test_the_path_tells_the_source(made, path, expected, tmp_path, monkeypatch):
+    for name in made:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_bytes(b"")
+    asked = []
+    for kind in sources.SOURCES:
+        monkeypatch.setitem(sources.SOURCES, kind, lambda config, table, kind=kind: asked.append(kind) or 1 / 0)
+    config = configs.default().data
+    config.path = str(tmp_path / path) if path else ""
+    with pytest.raises(ZeroDivisionError):
+        sources.load(config, seed=0)
+    assert asked == [expected]
+
+
+def test_a_path_beside_generated_images_is_refused(tmp_path):
+    config = configs.default().data
+    config.source, config.path = "phantom", str(tmp_path)
+    with pytest.raises(InputError, match=r"data\.path"):
+        sources.load(config, seed=0)
+
+
+def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.delenv("VITFT_JAX_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert sources.cache_folder() == tmp_path / "vitft_jax"
+    monkeypatch.setenv("VITFT_JAX_CACHE", str(tmp_path / "mine"))
+    assert sources.cache_folder() == tmp_path / "mine"

@@ -398,7 +398,7 @@ def test_a_run_cut_while_ranks_fall_ends_as_if_it_had_not_been(tiny_config, tmp_
 
     states = []
     for folder in (run.Folder(tmp_path / "whole"), run.Folder(tmp_path / "cut")):
-        built = run.build(tiny_config, folder.dataset(tiny_config))
+        built = run.build(tiny_config, folder.dataset(tiny_config), None)
         with Checkpoints(folder.checkpoints) as checkpoints:
             states.append(checkpoints.restore(step.init_state(built.program, built.trainable))[0])
     jax.tree.map(np.testing.assert_array_equal, *states)

@@ -3,7 +3,7 @@
 from vitft_jax.data.augment import augment, check_augment
 from vitft_jax.data.batches import Batches, eval_batches, steps_per_epoch, train_batches
 from vitft_jax.data.images import FITS, ImageFiles, decode, find_images, resize
-from vitft_jax.data.sources import Dataset, load
+from vitft_jax.data.sources import Dataset, cache_folder, load
 from vitft_jax.data.splits import SPLITS, split_by_group
 from vitft_jax.data.tables import write_table
 
@@ -14,6 +14,7 @@ __all__ = [
     "Dataset",
     "ImageFiles",
     "augment",
+    "cache_folder",
     "check_augment",
     "decode",
     "eval_batches",
