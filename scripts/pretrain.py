@@ -5,7 +5,8 @@
 The generator knows where each lesion is, so beside the class of the image (read from the class token) every patch learns its
 share of benign and malignant lesion: from classes alone a ViT learns next to nothing on so few images. The images are
 of other patients than those of the set 'source', on which the accuracy is measured; nothing of the target domain is seen.
-Written as a Hugging Face ViT: `config.json`, `model.safetensors` (float16) and `preprocessor_config.json`.
+Written as a Hugging Face ViT: `config.json`, `model.safetensors` (float16) and `preprocessor_config.json`; what made it, and
+how good it is on each set, is in `pretraining.json` beside.
 """
 
 import argparse
@@ -74,15 +75,18 @@ def outputs(params: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.A
     return image, patches
 
 
-def loss(params: dict[str, Any], images: jax.Array, labels: jax.Array, lesion: jax.Array) -> jax.Array:
-    """Cross-entropy of the image's class plus that of the patches, whose targets are shares of tissue."""
+def loss(
+    params: dict[str, Any], images: jax.Array, labels: jax.Array, lesion: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Cross-entropy of the image's class plus that of the patches, whose targets are shares of tissue; and both parts."""
     image, patches = outputs(params, images)
     lesion = lesion.reshape(len(labels), -1, 1)
     targets = lesion * jax.nn.one_hot(labels, len(CLASSES))[:, None] + (1 - lesion) * jnp.eye(len(CLASSES))[0]
     whole = optax.softmax_cross_entropy_with_integer_labels(image, labels).mean()
     # Lesions cover few patches: without more weight on those, all patches would say 'normal' for long.
     weight = 1 + 9 * lesion[..., 0]
-    return whole + (weight * optax.softmax_cross_entropy(patches, targets)).mean()
+    part = (weight * optax.softmax_cross_entropy(patches, targets)).mean()
+    return whole + part, (whole, part)
 
 
 def augment(key: jax.Array, images: jax.Array, lesion: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -103,9 +107,9 @@ def step(
     """One optimiser step."""
     images, labels, lesion = batch
     images, lesion = augment(key, images.astype(jnp.float32) / 255, lesion)
-    value, gradient = jax.value_and_grad(loss)(params, images, labels, lesion)
+    (_, parts), gradient = jax.value_and_grad(loss, has_aux=True)(params, images, labels, lesion)
     updates, state = tx.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state, value
+    return optax.apply_updates(params, updates), state, jnp.stack(parts)
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
@@ -129,11 +133,12 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
         for i in range(per_epoch):
             rows = order[i * options.batch : (i + 1) * options.batch]
             key, now = jax.random.split(key)
-            params, state, value = step(params, state, (images[rows], labels[rows], lesion[rows]), now, tx=tx)
-            losses.append(value)
+            params, state, parts = step(params, state, (images[rows], labels[rows], lesion[rows]), now, tx=tx)
+            losses.append(parts)
         print(
-            f"epoch {epoch + 1}/{options.epochs}  loss {np.mean(jax.device_get(losses)):.4f}  "
-            f"{time.perf_counter() - started:.0f} s",
+            "epoch {}/{}  loss of images {:.4f}, of patches {:.4f}  {:.0f} s".format(
+                epoch + 1, options.epochs, *np.mean(jax.device_get(losses), axis=0), time.perf_counter() - started
+            ),
             flush=True,
         )
     return jax.device_get(params)
@@ -237,7 +242,9 @@ def main() -> None:
     options = arguments.parse_args()
     started = time.perf_counter()
     params = train(options)
-    facts = {key: value for key, value in vars(options).items() if key != "output"}
+    settings = {key: value for key, value in vars(options).items() if key != "output"}
+    flags = " ".join(f"--{key}={value}" for key, value in settings.items())
+    facts: dict[str, Any] = {"command": f"python scripts/pretrain.py --output vitft_jax/weights/phantom_micro {flags}"}
     facts |= {"variant": VARIANT, "seconds": round(time.perf_counter() - started), "environment": report.environment()}
     facts["metrics"] = {name: measure(params, name) for name in ("source", "target")}
     for name, found in facts["metrics"].items():
