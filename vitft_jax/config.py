@@ -17,7 +17,7 @@ from vitft_jax.errors import InputError, nearest
 
 Config = ml_collections.ConfigDict
 AT_EVALUATION = ("methods", "skip.", "figures.")
-"""Keys, or beginnings of keys, that change what is computed and not what was trained: a finished run can be evaluated with others."""
+"""Beginnings of the keys that change what is computed, not what was trained: a finished run can be evaluated with others."""
 
 
 def default() -> Config:

@@ -111,6 +111,8 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
         raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
     built = build(config, dataset)
     folder.open(config, dataset, built)
+    if Path(name).name != name:
+        raise InputError(f"--name {name}: the name of one folder, without separators")
     path = workdir
     if overrides:
         trained, config = built, _overridden(config, overrides)

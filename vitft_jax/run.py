@@ -1,8 +1,8 @@
 """A run: the folder that holds it, and the program and variables that a config stands for.
 
 A run folder holds `config.json` (resolved), `run.json` (what came from outside: weights, classes), `split.csv` (which image
-is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv` and `checkpoints/`; `figures/` where a method draws, and
-`evaluations/` where the run was evaluated under other settings.
+is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv` and `checkpoints/`; also `figures/` where a
+method draws, and `evaluations/` where the run was evaluated under other settings.
 """
 
 import json
