@@ -22,7 +22,8 @@ def test_it_evaluates_the_grid_as_evaluate_does_and_leaves_the_run_alone(script,
     tiny_config.train.epochs = 1.0
     train.train(tiny_config, tmp_path / "run")
     files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    script.main([str(tmp_path / "run"), "--layers=0", "1", "--ratios=0.5", "--rounds=1", "--batch=2", "--tolerance=1"])
+    grid = ["--layers", "0", "1", "--ratios=0.5", "--rounds=1", "--batch=2", "--tolerance=1"]
+    script.main([str(tmp_path / "run"), *grid])
     assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     out = capsys.readouterr().out
     assert "left out: methods=lora,skip skip.layers=1" in out
