@@ -34,12 +34,14 @@ TASKS = {  # task: contestants, ours first
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
     "matmul": ("ours", "torch"),
-    **dict.fromkeys(("skip_1", "skip_8", "skip_32", "skip_lora"), ("dense", "prune", "rejoin")),
+    **dict.fromkeys(("skip_1", "skip_8", "skip_32", "skip_lora"), ("dense", "prune", "early", "rejoin")),
 }
 FAMILIES = {"skip": ("skip_1", "skip_8", "skip_32", "skip_lora")}
-SKIP = {  # EViT's setting, and the same with all tokens back in the last block
+# EViT prunes inside blocks 3, 6 and 9, before their MLP: its FLOPs lie between those of splits after them and before them.
+SKIP = {  # after them; before them; after them, with all tokens back in the last block
     "dense": (),
     "prune": ("skip.layers=3,6,9", "skip.drop_ratio=0.3"),
+    "early": ("skip.layers=2,5,8", "skip.drop_ratio=0.3"),
     "rejoin": ("skip.layers=3,6,9", "skip.drop_ratio=0.3", "skip.rejoin=11"),
 }
 Turn = Callable[[], None]

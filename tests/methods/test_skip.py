@@ -18,13 +18,11 @@ IMAGES = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
 DEPTH = 5
 CASES = {
     "prune": Skip((Split(0, 0.35), Split(2, 0.5))),
-    "prune before the last block": Skip((Split(3, 0.5),)),
-    "counts": Skip((Split(0, 0, 9), Split(1, 0, 5))),
+    "counts, before the last block": Skip((Split(0, 0, 9), Split(3, 0, 5))),
     "fuse": Skip((Split(0, 0.35), Split(2, 0.5), Split(3, 0.3)), fuse=True),
     "rejoin": Skip((Split(0, 0.5, rejoin=3),)),
     "nested": Skip((Split(0, 0.35, rejoin=4), Split(1, 0.5, rejoin=3))),
     "both rejoin at once": Skip((Split(0, 0.35, rejoin=4), Split(1, 0.5, rejoin=4))),
-    "one after the other": Skip((Split(0, 0.35, rejoin=2), Split(2, 0.5, rejoin=4))),
     "rejoin, then prune": Skip((Split(0, 0.35, rejoin=2), Split(2, 0.5))),
     "prune, then rejoin": Skip((Split(0, 0.35), Split(1, 0.5, rejoin=4))),
     "warm-up": Skip((Split(0, 0.35), Split(2, 0.5)), slack=0.5),
@@ -60,8 +58,7 @@ def value_and_grads(model, variables, images):
 
 @pytest.mark.parametrize(
     ("case", "features"),
-    [(case, "cls") for case in CASES]
-    + [(case, features) for case in ("fuse", "nested") for features in ("cls+mean", "distilled")],
+    [*((case, "cls") for case in CASES), ("fuse", "cls+mean"), ("nested", "cls+mean"), ("prune", "distilled")],
 )
 def test_gather_equals_mask_forward_and_gradient(case, features):
     gather, mask, variables = models(CASES[case], **MODELS[features])
@@ -184,8 +181,7 @@ def test_counts_are_those_of_the_trace(case):
     calls, _ = traced(case)
     for split, (n, k) in zip(CASES[case].splits, CASES[case].counts(16), strict=True):
         stream = calls[split.after]["stream"]
-        rejoined = split.after > 0 and any(s.rejoin == split.after for s in CASES[case].splits)
-        assert rejoined or calls[split.after]["x"].shape[1] == 1 + n
+        assert calls[split.after]["x"].shape[1] == 1 + n
         assert stream.n == k + CASES[case].fuse
 
 
@@ -276,7 +272,7 @@ def program(select=None, names=("lora", "skip"), **changes):
     return program, *tree.split(variables, lambda n: n.startswith("lora/") or "head" in n or names == ("skip",))
 
 
-@pytest.mark.parametrize("names", [("skip",), ("lora", "skip"), ("skip", "lora")])
+@pytest.mark.parametrize("names", [("skip",), ("lora", "skip")])
 def test_a_step_compiles_once_and_learns_beside_other_methods(names):
     built, trainable, frozen = program(names=names)
     batch = {"image": np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), np.uint8), "label": np.arange(6) % 3}
@@ -307,7 +303,7 @@ def test_warm_up_falls_along_a_cosine_to_the_setting():
     cosine = [500 + 500 * (1 + math.cos(math.pi * t)) / 2 for t in (0.125, 0.375, 0.625, 0.875)]
     np.testing.assert_allclose(kept, cosine, atol=1)
     assert skip.phases(select, 0.0, 80) == ()
-    assert skip.phases(select, 0.5, 1) == () or skip.phases(select, 0.5, 1)[-1][0] <= 1
+    assert skip.phases(select, 0.5, 1) == ()  # half a step is none
 
 
 @pytest.mark.parametrize(
