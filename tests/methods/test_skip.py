@@ -58,7 +58,12 @@ def value_and_grads(model, variables, images):
 
 @pytest.mark.parametrize(
     ("case", "features"),
-    [*((case, "cls") for case in CASES), ("fuse", "cls+mean"), ("nested", "cls+mean"), ("prune", "distilled")],
+    [
+        *((case, "cls") for case in CASES if case not in ("warm-up", "rejoin", "prune", "both rejoin at once")),
+        ("fuse", "cls+mean"),
+        ("both rejoin at once", "cls+mean"),
+        ("prune", "distilled"),
+    ],
 )
 def test_gather_equals_mask_forward_and_gradient(case, features):
     gather, mask, variables = models(CASES[case], **MODELS[features])
@@ -226,12 +231,13 @@ def test_permuting_patches_with_their_positions_permutes_what_skips_and_not_the_
         np.testing.assert_array_equal(kept, before[block][:, order])
 
 
-@pytest.mark.parametrize("case", ["prune", "nested", "fuse"])
+@pytest.mark.parametrize("case", ["nested", "fuse"])
 def test_batch_elements_do_not_see_each_other(case):
     model = tiny(depth=DEPTH, select=CASES[case])
     variables = init(tiny(depth=DEPTH))
-    alone = jnp.concatenate([model.apply(variables, IMAGES[i : i + 1]) for i in range(3)])
-    np.testing.assert_allclose(model.apply(variables, IMAGES), alone, atol=1e-5)
+    forward = jax.jit(model.apply)
+    alone = jnp.concatenate([forward(variables, IMAGES[i : i + 1]) for i in range(3)])
+    np.testing.assert_allclose(forward(variables, IMAGES), alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["prune", "rejoin"])
@@ -239,7 +245,7 @@ def test_every_patch_of_the_image_gets_a_gradient(case):
     """Those that leave were keys before they left."""
     model = tiny(depth=DEPTH, select=CASES[case])
     variables = init(tiny(depth=DEPTH))
-    grads = jax.grad(lambda x: jnp.sum(model.apply(variables, x) ** 2))(IMAGES)
+    grads = jax.jit(jax.grad(lambda x: jnp.sum(model.apply(variables, x) ** 2)))(IMAGES)
     patches = np.asarray(grads).reshape(3, 4, 4, 4, 4, 3).swapaxes(2, 3).reshape(3, 16, 48)
     assert (np.abs(patches).max(axis=-1) > 0).all()
 
