@@ -19,6 +19,5 @@ def test_patches_are_dimmed_where_the_mask_is_false_and_nowhere_else():
 def test_a_sheet_has_a_row_for_each_image_and_a_column_for_each_block():
     pictures, masks = np.zeros((2, 8, 8, 3), np.uint8), {0: np.ones((2, 4), bool), 3: np.eye(2, 4, dtype=bool)}
     titles = [axis.get_title() for axis in figures.sheet(pictures, masks, ["a.png", "b.png"]).axes]
-    assert titles == ["a.png", "after block 0: 4 of 4", "after block 3: 1 of 4"] + [
-        "b.png", "after block 0: 4 of 4", "after block 3: 1 of 4"
-    ]  # fmt: skip
+    stages = ["after block 0: 4 of 4", "after block 3: 1 of 4"]
+    assert titles == ["a.png", *stages, "b.png", *stages]
