@@ -3,11 +3,14 @@
     python scripts/benchmark.py                                # forward, lora, full: ViT-S/16, 224 px, batch 8, float32
     python scripts/benchmark.py lora --batch 16 --rounds 15
     python scripts/benchmark.py attention gelu matmul          # a part of one layer; matmul is x @ W of the first MLP layer
+    python scripts/benchmark.py skip                           # token skipping: forward at batch 1, 8 and 32, LoRA step at 8
 
 Every contestant is a process of its own that compiles, warms up and then waits for its turn; the rounds go through all of
 them, so each ratio compares neighbours in time and a machine that slows down slows everybody. A row gives the median images
 per second with its quartiles, the ratio to the peer (median over rounds, quartiles), the peak memory, and the start-up: from
 the start of the process until its first step is done. Peers need the extra `interop`.
+
+In the rows of `skip` the ratio is to our own dense model; beside each setting stands what its FLOPs alone would give.
 """
 
 import argparse
@@ -31,22 +34,35 @@ TASKS = {  # task: contestants, ours first
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
     "matmul": ("ours", "torch"),
+    **dict.fromkeys(("skip_1", "skip_8", "skip_32", "skip_lora"), ("dense", "prune", "early", "rejoin")),
+}
+FAMILIES = {"skip": ("skip_1", "skip_8", "skip_32", "skip_lora")}
+# EViT prunes inside blocks 3, 6 and 9, before their MLP: its FLOPs lie between those of splits after them and before them.
+SKIP = {  # after them; before them; after them, with all tokens back in the last block
+    "dense": (),
+    "prune": ("skip.layers=3,6,9", "skip.drop_ratio=0.3"),
+    "early": ("skip.layers=2,5,8", "skip.drop_ratio=0.3"),
+    "rejoin": ("skip.layers=3,6,9", "skip.drop_ratio=0.3", "skip.rejoin=11"),
 }
 Turn = Callable[[], None]
 
 
-def ours(task: str, options: argparse.Namespace) -> Turn:
-    """The steps that `vitft_jax.train` and `vitft_jax.evaluate` run."""
-    import jax
+def batch_of(task: str, options: argparse.Namespace) -> int:
+    """Images per step: a task may fix it."""
+    return {"skip_1": 1, "skip_8": 8, "skip_32": 32, "skip_lora": 8}.get(task, options.batch)
+
+
+def our_model(task: str, name: str, options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """The config of a contestant of ours, its method and its model."""
     import jax.numpy as jnp
-    import numpy as np
 
     from vitft_jax import config as configs
-    from vitft_jax import methods, optim, runtime, step, tree, vit
+    from vitft_jax import methods, vit
 
-    runtime.start()
     config = configs.default()
-    config.methods = ("lora",) if task == "lora" else ()
+    overrides = SKIP.get(name, ())
+    configs.override(config, overrides)
+    config.methods = ("lora",) * task.endswith("lora") + ("skip",) * bool(overrides)
     config.lora.rank, config.lora.alpha, config.train.lr = RANK, ALPHA, LEARNING_RATE
     method = methods.load(config)
     model = vit.ViT(
@@ -54,16 +70,31 @@ def ours(task: str, options: argparse.Namespace) -> Turn:
         classes=CLASSES,
         dtype=jnp.dtype(options.dtype),
         dot_general_cls=method.dot_general_cls,
+        select=method.select,
     )
+    return config, method, model
+
+
+def ours(task: str, name: str, options: argparse.Namespace) -> Turn:
+    """The steps that `vitft_jax.train` and `vitft_jax.evaluate` run."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vitft_jax import optim, runtime, step, tree
+
+    runtime.start()
+    config, method, model = our_model(task, name, options)
     size = options.size
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
     trains = "." if task == "full" else "head"
     trainable, frozen = tree.split(variables, lambda name: name.startswith("lora") or trains in name or trains == ".")
     program = step.Program(model, method, optim.optimizer(config, method, 10_000), (0.5,) * 3, (0.5,) * 3)
-    images = np.random.default_rng(0).integers(0, 255, (options.batch, size, size, 3), np.uint8)
-    if task == "forward":
+    rows = batch_of(task, options)
+    images = np.random.default_rng(0).integers(0, 255, (rows, size, size, 3), np.uint8)
+    if task == "forward" or task in FAMILIES["skip"][:3]:
         return lambda: jax.block_until_ready(step.eval_step(trainable, frozen, images, program=program))
-    batch = {"image": images, "label": np.arange(options.batch) % CLASSES}
+    batch = {"image": images, "label": np.arange(rows) % CLASSES}
     holder = [step.init_state(program, trainable)]
 
     def turn() -> None:
@@ -211,7 +242,7 @@ def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
     """The work of one contestant as a function to be timed."""
     if task in ("attention", "gelu", "matmul"):
         return torch_layer(task, options) if name == "torch" else jax_layer(task, options, name == "autodiff")
-    return ours(task, options) if name == "ours" else torch_peer(task, options, timm=name == "timm")
+    return ours(task, name, options) if name in ("ours", *SKIP) else torch_peer(task, options, timm=name == "timm")
 
 
 def serve(task: str, name: str, options: argparse.Namespace) -> None:
@@ -220,7 +251,7 @@ def serve(task: str, name: str, options: argparse.Namespace) -> None:
 
     turn = contestant(task, name, options)
     turn()
-    if name == "ours":
+    if name in ("ours", *SKIP):
         from vitft_jax import runtime
 
         runtime.release()  # as train.py does after its first step
@@ -283,11 +314,21 @@ def race(task: str, options: argparse.Namespace, arguments: list[str]) -> list[s
         c.close()
     mine, rows = contestants[0], []
     for c in contestants:
-        speeds = [options.batch / s for s in c.seconds]
+        speeds = [batch_of(task, options) / s for s in c.seconds]
         ratios = [theirs / ours_ for theirs, ours_ in zip(c.seconds, mine.seconds, strict=True)]
-        ratio = "" if c is mine else _spread(ratios, "x")
-        rows.append(f"| {task} | {c.name} | {_spread(speeds)} | {ratio} | {c.peak_mib:.0f} | {c.start_up:.1f} |")
+        ratio, label = "" if c is mine else _spread(ratios, "x"), c.name
+        if c is not mine and mine.name == "dense":  # here it is the first that is to be beaten
+            ratio = f"{_spread([1 / r for r in ratios], 'x')} the speed of dense"
+            label = f"{c.name} (FLOPs: {1 / flops_ratio(task, c.name, options):.2f}x)"
+        rows.append(f"| {task} | {label} | {_spread(speeds)} | {ratio} | {c.peak_mib:.0f} | {c.start_up:.1f} |")
     return rows
+
+
+def flops_ratio(task: str, name: str, options: argparse.Namespace) -> float:
+    """FLOPs of a forward pass over those of the dense model."""
+    from vitft_jax import flops
+
+    return flops.report(our_model(task, name, options)[2], options.size)["ratio"]
 
 
 def _spread(values: list[float], unit: str = "") -> str:
@@ -298,7 +339,7 @@ def _spread(values: list[float], unit: str = "") -> str:
 def main() -> None:
     """Command line."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("tasks", nargs="*", default=["forward", "lora", "full"], help=", ".join(TASKS))
+    arguments.add_argument("tasks", nargs="*", default=["forward", "lora", "full"], help=", ".join([*TASKS, *FAMILIES]))
     arguments.add_argument("--model", default="vit_small_patch16", help="a key of vit.VARIANTS (plain ViT)")
     arguments.add_argument("--size", type=int, default=224, help="pixels")
     arguments.add_argument("--batch", type=int, default=8)
@@ -307,6 +348,7 @@ def main() -> None:
     arguments.add_argument("--turns", type=int, default=3, help="steps per round; the round counts their median")
     arguments.add_argument("--serve", help=argparse.SUPPRESS)
     options = arguments.parse_args()
+    options.tasks = [task for name in options.tasks for task in FAMILIES.get(name, (name,))]
     for task in options.tasks:
         if task not in TASKS:
             arguments.error(f"unknown task {task!r}; choose from {', '.join(TASKS)}")

@@ -30,6 +30,25 @@ def test_output_and_all_gradients_equal_the_reference(keys):
             np.testing.assert_allclose(a, b, atol=5e-6)
 
 
+def test_keys_that_are_left_out_are_as_if_they_were_not_there():
+    q, k, v, g = qkv()
+    here = jnp.array([[True, False, True, True, False, True, False], [False, True, True, True, False, False, True]])
+    out, pull = jax.vjp(lambda q, k, v: attention.attend(q, k, v, here), q, k, v)
+    grads = pull(g)
+    for b in range(2):
+        alone = [q[b : b + 1], k[b : b + 1, :, here[b]], v[b : b + 1, :, here[b]]]
+        expected, pull_alone = jax.vjp(attention.attend, *alone)
+        np.testing.assert_allclose(out[b : b + 1], expected, atol=2e-6)
+        dq, dk, dv = pull_alone(g[b : b + 1])
+        np.testing.assert_allclose(grads[0][b : b + 1], dq, atol=5e-6)
+        for got, only in ((grads[1], dk), (grads[2], dv)):
+            np.testing.assert_allclose(got[b : b + 1, :, here[b]], only, atol=5e-6)
+            assert (got[b, :, ~here[b]] == 0).all()
+        rows = attention.prefix_rows(q, k, 2, here)[b : b + 1]
+        assert (rows[..., ~here[b]] == 0).all()
+        np.testing.assert_allclose(rows[..., here[b]], attention.prefix_rows(alone[0], alone[1], 2), atol=1e-6)
+
+
 def test_bfloat16_stays_within_its_rounding():
     q, k, v, g = qkv(jnp.bfloat16)
     exact = jax.vjp(reference, *(x.astype(jnp.float32) for x in (q, k, v)))

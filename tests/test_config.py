@@ -22,12 +22,16 @@ def test_overrides_take_the_type_of_the_default(file):
         "train.class_weights=True",
         "lora.rank_pattern=(('attn', 2),)",
         "data.labels=one",
+        "skip.layers=3",
+        "skip.drop_ratio=0.2,0.5",
+        "skip.rejoin=(None, 9)",
     ]
     c = configs.load(file, overrides)
     assert (c.lora.rank, c.train.lr, c.methods, c.data.path) == (16, 1.0, ("lora", "skip"), "a=b")
     assert c.train.class_weights is True
     assert c.lora.rank_pattern == (("attn", 2),)
     assert c.data.labels == ("one",)
+    assert (c.skip.layers, c.skip.drop_ratio, c.skip.rejoin) == ((3,), (0.2, 0.5), (None, 9))
     assert configs.load(file).lora.rank == 4
 
 
@@ -76,7 +80,7 @@ def test_missing_file():
 
 
 def test_json_round_trip_keeps_types(file):
-    c = configs.load(file, ["lora.rank_pattern=(('attn', 2),)", "methods=lora"])
+    c = configs.load(file, ["lora.rank_pattern=(('attn', 2),)", "methods=lora", "skip.rejoin=(None, 9)"])
     again = configs.from_json(configs.to_json(c))
     assert again == c
     assert again.lora.rank_pattern == (("attn", 2),)
@@ -88,7 +92,7 @@ def test_differences_name_key_and_both_values(file):
     assert configs.differences(configs.load(file), configs.load(file, ["seed=3"])) == ["seed: 0 there, 3 here"]
 
 
-@pytest.mark.parametrize("name", ["lora", "adalora", "probe", "full"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "dora", "pissa", "probe", "full", "skip"])
 def test_shipped_configs_load(name, pytestconfig):
     configs.load(str(pytestconfig.rootpath / "configs" / f"{name}.py"))
 

@@ -169,6 +169,83 @@ def test_class_weights():
     assert of([[1, 0], [1, 1], [1, 0], [0, 0]], True) == pytest.approx((1 / 3, 3))
 
 
+def test_a_skipping_run_reports_its_flops_and_draws_what_it_keeps(tiny_config, tmp_path):
+    tiny_config.methods = ("lora", "skip")
+    tiny_config.skip.layers, tiny_config.skip.drop_ratio = (0,), (0.5,)
+    tiny_config.figures.names = ("dark/3.png", "light/7.png")
+    summary = train.train(tiny_config, tmp_path / "run")
+    assert summary["flops"]["forward"] < summary["flops"]["dense_forward"]
+    assert summary["flops"]["ratio"] == summary["flops"]["forward"] / summary["flops"]["dense_forward"]
+    with Image.open(tmp_path / "run" / "figures" / "patches.png") as picture:
+        assert picture.width > 100
+        assert picture.height > picture.width  # two rows with a title each
+
+
+def test_warm_up_trains_in_stairs_and_an_interrupted_one_ends_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch):
+    tiny_config.methods = ("lora", "skip")
+    tiny_config.skip.layers, tiny_config.skip.drop_ratio, tiny_config.skip.warmup = (0,), (0.9,), 0.67
+    tiny_config.train.epochs = 3.0  # 9 steps, 6 of them warm-up
+    real, kept = step.train_step, []
+
+    def spy(*args, program, **kwargs):
+        kept.append(program.model.select.counts(16)[0][1])
+        if len(kept) == 5:
+            raise KeyboardInterrupt
+        return real(*args, program=program, **kwargs)
+
+    monkeypatch.setattr(step, "train_step", spy)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny_config, tmp_path / "cut")
+    train.train(tiny_config, tmp_path / "cut")
+    assert kept[:5] == [15, 15, 12, 6, 3]
+    assert kept[5:] == [6, 3, 3, 2, 2, 2]  # goes on at step 3, after the first epoch
+    monkeypatch.setattr(step, "train_step", real)
+    compiled = real._cache_size()
+    train.train(tiny_config, tmp_path / "whole")
+    assert real._cache_size() == compiled + 5
+    jax.tree.map(np.testing.assert_array_equal, trained(tmp_path / "whole")[0], trained(tmp_path / "cut")[0])
+
+
+def test_evaluate_under_other_settings_leaves_the_run_alone(tiny_config, tmp_path):
+    tiny_config.methods = ("lora",)
+    summary = train.train(tiny_config, tmp_path / "run")
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    changes = ["methods=lora,skip", "skip.layers=0", "skip.drop_ratio=0.0", "figures.count=2"]
+    assert evaluate.evaluate(tmp_path / "run", "test", changes) == summary["metrics"]["test"]  # nothing skips
+    half = [*changes, "skip.drop_ratio=0.9"]
+    evaluate.evaluate(tmp_path / "run", "test", half, name="half")
+    assert files == {p: p.read_bytes() for p in files}
+    beside = tmp_path / "run" / "evaluations"
+    rows = [(beside / name / "predictions_test.csv").read_text() for name in ("lora-skip", "half")]
+    assert rows[0] == (tmp_path / "run" / "predictions_test.csv").read_text()
+    assert rows[1] != rows[0]
+    assert (beside / "half" / "figures" / "patches.png").is_file()
+    results = json.loads((beside / "half" / "results_test.json").read_text())
+    assert "skip.drop_ratio: (0.35,) there, (0.9,) here" in results["differs"]
+    assert results["flops"]["ratio"] < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "message"),
+    [
+        (["lora.rank=4"], "", "lora.rank belongs to the training of this run"),
+        (["skip.layer=4"], "", "did you mean 'skip.layers'?"),
+        (["methods=skip", "skip.layers=0"], "", "this run has other parameters"),
+        (["methods=lora,skip"], "", "skip.layers: a split after block 6"),
+        (["methods=lora,skip", "skip.layers=0", "figures.names=no.png"], "", "no image 'no.png'"),
+        (["methods=lora,skip", "skip.layers=0"], "../other", "--name ../other"),
+    ],
+)
+def test_evaluate_refuses_settings_that_are_not_of_evaluation(tiny_config, tmp_path, changes, name, message):
+    tiny_config.methods = ("lora",)
+    config, folder = tiny_config, run.Folder(tmp_path / "run")
+    dataset = folder.dataset(config)
+    folder.open(config, dataset, run.build(config, dataset, None))
+    with pytest.raises(InputError) as error:
+        evaluate.evaluate(tmp_path / "run", "test", changes, name)
+    assert message in str(error.value)
+
+
 def refused(config, workdir, monkeypatch):
     """The message with which a run is refused, before any step."""
     monkeypatch.setattr(step, "train_step", None)
@@ -203,6 +280,8 @@ def test_work_directory_of_another_run_or_of_no_run(tiny_config, tmp_path, monke
         ("lora.targets", "blocks_9", "lora.targets matches no linear layer of the model; layers are blocks_0/attn/key"),
         ("model.pretrained", "nowhere/at/all", "nowhere/at/all"),
         ("augment.speckle", 2.0, "augment.speckle = 2.0: must lie in 0..1"),
+        ("figures.names", ("dark/99.png",), "figures.names: no image 'dark/99.png'"),
+        ("methods", ("lora", "skip"), "skip.layers: a split after block 6: the model has the blocks 0 to 1"),
     ],
 )
 def test_bad_settings_are_refused_before_the_work_directory_is_made(

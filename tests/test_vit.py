@@ -104,7 +104,7 @@ def test_selector_sees_every_block_and_the_attention_rows_it_asks_for():
 
         def __call__(self, block, x, rows, carry):
             seen.append((block, x.shape, None if rows is None else rows.shape, carry))
-            return (x[:, :-4], "dropped") if block == 0 else (x, carry)
+            return (x[:, :-4], None, "dropped") if block == 0 else (x, None, carry)
 
     model = tiny(depth=3, select=Spy())
     variables = init(tiny(depth=3))

@@ -13,34 +13,37 @@ from jax import Array
 F32 = jnp.float32
 
 
-def _probabilities(q: Array, k: Array) -> Array:
+def _probabilities(q: Array, k: Array, keys: Array | None) -> Array:
     """Softmax over keys of ``q k^T``; q `(B,H,N,d)` is already scaled. Returns `(B,H,N,M)` in float32."""
     scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=F32)
+    if keys is not None:  # their exponentials are exactly 0, and so are the gradients of their scores
+        scores = jnp.where(keys[:, None, None, :], scores, -1e30)
     return jax.nn.softmax(scores, axis=-1)
 
 
 @jax.custom_vjp
-def attend(q: Array, k: Array, v: Array) -> Array:
+def attend(q: Array, k: Array, v: Array, keys: Array | None = None) -> Array:
     """Attention ``softmax(q k^T / sqrt(d)) v`` (Vaswani et al. 2017, eq. 1), softmax in float32.
 
     Args:
         q: Queries, `(B, H, N, d)`.
         k: Keys, `(B, H, M, d)`.
         v: Values, `(B, H, M, d)`.
+        keys: Which keys there are, bool `(B, M)`, at least one in each row; None = all.
 
     Returns:
         `(B, H, N, d)` in the dtype of `v`.
     """
-    return _forward(q, k, v)[0]
+    return _forward(q, k, v, keys)[0]
 
 
-def _forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-    p = _probabilities(q * q.shape[-1] ** -0.5, k).astype(v.dtype)
+def _forward(q: Array, k: Array, v: Array, keys: Array | None) -> tuple[Array, tuple[Array, ...]]:
+    p = _probabilities(q * q.shape[-1] ** -0.5, k, keys).astype(v.dtype)
     out = jnp.einsum("bhnm,bhmd->bhnd", p, v)
     return out, (q, k, v, p, out)
 
 
-def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array]:
+def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, p, out = residuals
     scale = q.shape[-1] ** -0.5
     dv = jnp.einsum("bhdn,bhnm->bhdm", g.swapaxes(2, 3), p).swapaxes(2, 3)
@@ -50,15 +53,16 @@ def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Arr
     ds = (p * (dp - delta)).astype(q.dtype)
     dq = jnp.einsum("bhnm,bhmd->bhnd", ds, k * scale)
     dk = jnp.einsum("bhdn,bhnm->bhdm", (q * scale).swapaxes(2, 3), ds).swapaxes(2, 3)
-    return dq, dk, dv
+    return dq, dk, dv, None
 
 
 attend.defvjp(_forward, _backward)
 
 
-def prefix_rows(q: Array, k: Array, prefix: int) -> Array:
+def prefix_rows(q: Array, k: Array, prefix: int, keys: Array | None = None) -> Array:
     """Attention that the prefix tokens (class, distillation) pay to every token: `(B, H, prefix, M)` in float32.
 
-    Equal to the first rows of the full matrix at a cost of `prefix` rows, so it works beside any fused attention.
+    Equal to the first rows of the full matrix at a cost of `prefix` rows, so it works beside any fused attention. `keys` as
+    in `attend`.
     """
-    return _probabilities(q[:, :, :prefix] * q.shape[-1] ** -0.5, k)
+    return _probabilities(q[:, :, :prefix] * q.shape[-1] ** -0.5, k, keys)

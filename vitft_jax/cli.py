@@ -28,24 +28,27 @@ def parse_with_config(
         InputError: A flag or key is unknown, or the file or a value is at fault.
     """
     arguments.add_argument("--config", required=True, metavar="FILE", help="a Python config, such as configs/lora.py")
-    arguments.add_argument_group("config keys").add_argument(
-        "--config.KEY=VALUE", dest="_", metavar="", help="change a key, such as --config.lora.rank=16"
-    )
-    flags, rest = arguments.parse_known_args(argv)
-    return flags, configs.load(flags.config, overrides(arguments, rest))
+    flags, changes = parse_with_overrides(arguments, argv, "--config.lora.rank=16")
+    return flags, configs.load(flags.config, changes)
 
 
-def overrides(arguments: argparse.ArgumentParser, rest: Sequence[str]) -> list[str]:
-    """The ``KEY=VALUE`` of what `arguments` left of a command line: ``--config.KEY=VALUE``.
+def parse_with_overrides(
+    arguments: argparse.ArgumentParser, argv: Sequence[str] | None, example: str
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses flags and any number of ``--config.KEY=VALUE``, which come back as ``KEY=VALUE``.
 
     Raises:
-        InputError: A flag is another, and so unknown.
+        InputError: A flag is unknown.
     """
+    arguments.add_argument_group("config keys").add_argument(
+        "--config.KEY=VALUE", dest="_", metavar="", help=f"change a key, such as {example}"
+    )
+    flags, rest = arguments.parse_known_args(argv)
     known = [option for action in arguments._actions for option in action.option_strings]
     for flag in rest:
         if not flag.startswith("--config."):
             raise InputError(f"unknown flag {flag!r}; {nearest(flag.split('=')[0], known)}")
-    return [flag.removeprefix("--config.") for flag in rest]
+    return flags, [flag.removeprefix("--config.") for flag in rest]
 
 
 def main(command: Callable[[], None]) -> None:

@@ -16,6 +16,8 @@ from vitft_jax import tree
 from vitft_jax.errors import InputError, nearest
 
 Config = ml_collections.ConfigDict
+AT_EVALUATION = ("methods", "skip.", "figures.")
+"""Beginnings of the keys that change what is computed, not what was trained: a finished run can be evaluated with others."""
 
 
 def default() -> Config:
@@ -90,6 +92,19 @@ def default() -> Config:
     ad.delta_t = 1  # optimiser steps between allocations; 1 fits a run of any length
     ad.penalty = 0.5  # weight of the orthogonality penalty; PEFT's
     ad.importance_at = "post"  # weights in the importance: 'post' the step, as in PEFT, or 'pre', as in the paper
+
+    c.skip = s = Config()
+    s.layers = (6, 8)  # blocks, from 0, after which patch tokens leave
+    s.drop_ratio = (0.35,)  # share of the patch tokens there that leaves; one for all splits, or one each
+    s.keep = ()  # number of patch tokens that go on, in place of the ratio; one for all splits, or one each
+    s.rejoin = ()  # block before which they come back unchanged, None = never; one for all, or one each; () = all never
+    s.fuse = False  # append the sum of score times token over those that leave, as EViT does
+    s.mode = "gather"  # 'mask' computes the same without saving anything: a reference
+    s.warmup = 0.0  # share of the steps in which the kept share falls to its value, in 4 stairs; 0 = none
+
+    c.figures = f = Config()  # pictures of what a method does, such as the patches that skip, in RUN/figures
+    f.count = 8  # images of the test split, evenly spread over it; 0 = none
+    f.names = ()  # these images instead, by their path in the data
     return c.lock()
 
 
@@ -110,13 +125,26 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
         config = module.get_config()
     except Exception as error:  # whatever a user's file raises
         raise InputError(f"--config {path}: {type(error).__name__}: {error}") from error
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise InputError(f"--config.{override}: write --config.{key}=VALUE")
-        set_key(config, key, text)
-    check(config)
+    override(config, overrides)
     return config
+
+
+def override(config: Config, overrides: Sequence[str], only: tuple[str, ...] = ("",)) -> None:
+    """Applies overrides such as ``lora.rank=16``, and checks the result.
+
+    Raises:
+        InputError: A key is unknown or begins with none of `only`, or a value has the wrong type or is out of range.
+    """
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--config.{text}: write --config.{key}=VALUE")
+        set_key(config, key, value)
+        if not key.startswith(only):
+            raise InputError(
+                f"config key {key} belongs to the training of this run; here one can change {', '.join(only)}"
+            )
+    check(config)
 
 
 def set_key(config: Config, key: str, text: str) -> None:
@@ -135,8 +163,10 @@ def set_key(config: Config, key: str, text: str) -> None:
         value = text
     if isinstance(old, float) and type(value) is int:
         value = float(value)
-    if isinstance(old, tuple) and isinstance(value, str | list):
-        value = tuple(part for part in value.split(",") if part) if isinstance(value, str) else tuple(value)
+    if isinstance(old, tuple) and isinstance(value, str):
+        value = tuple(part for part in value.split(",") if part)
+    elif isinstance(old, tuple) and not isinstance(value, tuple):
+        value = tuple(value) if isinstance(value, list) else (value,)
     if type(value) is not type(old):
         raise InputError(f"config key {key}={text!r}: a {type(old).__name__} is needed, such as {old!r}")
     group, _, leaf = key.rpartition(".")
@@ -159,7 +189,14 @@ def check(config: Config) -> None:
         if values[key] not in choices:
             raise InputError(f"config key {key}={values[key]!r}: one of {', '.join(map(repr, choices))}")
     lowest = {"data.image_size": 0, "data.workers": 0, "train.batch_size": 1, "train.accumulate": 1, "train.steps": 0}
-    lowest |= {"train.lr": 0, "train.weight_decay": 0, "train.clip": 0, "train.patience": 0, "train.epochs": 0}
+    lowest |= {
+        "train.lr": 0,
+        "train.weight_decay": 0,
+        "train.clip": 0,
+        "train.patience": 0,
+        "train.epochs": 0,
+        "figures.count": 0,
+    }
     for key, low in lowest.items():
         if values[key] < low:
             raise InputError(f"config key {key}={values[key]}: at least {low}")

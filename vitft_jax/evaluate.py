@@ -2,6 +2,10 @@
 
 Prints metrics with 95 % bootstrap intervals (resampled by group), writes `predictions_<split>.csv`, and updates the split's
 metrics in `summary.json`.
+
+A run can also be evaluated under other settings than it was trained with, where they need no other parameters: such as token
+skipping on a model that was trained with all tokens, `--config.methods=lora,skip --config.skip.drop_ratio=0.5`. Results then
+go to `evaluations/<name>/` in the run, and the run's own stay as they are.
 """
 
 import json
@@ -13,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vitft_jax import cli, data, metrics, report, runtime, step
+from vitft_jax import cli, data, figures, flops, metrics, report, runtime, step, tree
+from vitft_jax import config as configs
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
@@ -76,21 +81,28 @@ def _loss(p: np.ndarray, labels: np.ndarray, multilabel: bool) -> float:
 
 
 def evaluate_split(
-    folder: Folder, built: Built, trainable: Any, dataset: data.Dataset, split: str, config: Config
+    path: Path, built: Built, trainable: Any, dataset: data.Dataset, split: str, config: Config
 ) -> tuple[dict[str, Any], Outputs]:
-    """Metrics with intervals of one split; writes its predictions."""
+    """Metrics with intervals of one split; writes its predictions into the folder `path`."""
     out = outputs(built.program, trainable, built.frozen, dataset, split, config)
     groups = [dataset.groups[i] for i in out.indices]
-    report.write_predictions(folder.path / f"predictions_{split}.csv", dataset, out.indices, out.probabilities)
+    report.write_predictions(path / f"predictions_{split}.csv", dataset, out.indices, out.probabilities)
     results = metrics.intervals(out.probabilities, out.labels, groups, dataset.multilabel, metrics.RESAMPLES)
     return results, out
 
 
-def evaluate(workdir: Path, split: str = "test") -> dict[str, Any]:
+def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), name: str = "") -> dict[str, Any]:
     """Evaluates a finished or running run; returns ``{metric: {value, low, high}}``.
 
+    Args:
+        workdir: The run folder.
+        split: Of its data.
+        overrides: Other settings than the run's, such as ``skip.drop_ratio=0.5``; see `config.AT_EVALUATION`.
+        name: With overrides, the folder in `evaluations/`; '' = the names of the methods.
+
     Raises:
-        InputError: No run or no checkpoint there, or its data or weights are not what they were.
+        InputError: No run or no checkpoint there, its data or weights are not what they were, or the overrides need other
+            parameters than the run has.
     """
     folder = Folder(workdir)
     config, source = resolve(folder.config())
@@ -99,15 +111,56 @@ def evaluate(workdir: Path, split: str = "test") -> dict[str, Any]:
         raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
     built = build(config, dataset, source)
     folder.open(config, dataset, built)
+    if Path(name).name != name:
+        raise InputError(f"--name {name}: the name of one folder, without separators")
+    path = workdir
+    if overrides:
+        trained, config = built, _overridden(config, overrides)
+        built = build(config, dataset, source)
+        _check_same_parameters(trained, built, config)
+        figures.chosen(config, dataset)
+        path = workdir / "evaluations" / (name or "-".join(config.methods) or "plain")
+        path.mkdir(parents=True, exist_ok=True)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, at = checkpoints.restore_best(built.trainable)
-    results, _ = evaluate_split(folder, built, trainable, dataset, split, config)
-    report.print_results(f"{workdir}, step {at}, {len(dataset.indices(split))} images", {split: results})
-    if folder.summary.exists():
+    results, out = evaluate_split(path, built, trainable, dataset, split, config)
+    report.print_results(f"{path}, step {at}, {len(dataset.indices(split))} images", {split: results})
+    if overrides:
+        report.write_json(
+            path / f"results_{split}.json",
+            {
+                "differs": configs.differences(folder.config(), config),
+                "step": at,
+                "metrics": results,
+                "flops": flops.report(built.program.model, config.data.image_size),
+                "eval_images_per_second": out.images_per_second,
+            },
+        )
+    elif folder.summary.exists():
         summary = json.loads(folder.summary.read_text(encoding="utf-8"))
         summary["metrics"][split] = results
         report.write_json(folder.summary, summary)
+    figures.draw(path, built.program, trainable, built.frozen, dataset, config)
     return results
+
+
+def _overridden(config: Config, overrides: Sequence[str]) -> Config:
+    config = config.copy_and_resolve_references()
+    configs.override(config, overrides, only=configs.AT_EVALUATION)
+    return config
+
+
+def _check_same_parameters(trained: Built, built: Built, config: Config) -> None:
+    """Refuses settings under which the parameters of a run are not those that it trained."""
+    there, here = (
+        {name: leaf.shape for b_tree in (b.trainable, b.frozen) for name, leaf in tree.flatten(b_tree).items()}
+        for b in (trained, built)
+    )
+    if there != here:
+        raise InputError(
+            f"--config.methods={','.join(config.methods)}: this run has other parameters, such as "
+            f"{min(there.items() ^ here.items())[0]!r}; keep the methods that it was trained with, and add to them"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -116,8 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = cli.parser(__doc__, "python -m vitft_jax.evaluate --workdir runs/lora --split test")
     arguments.add_argument("--workdir", required=True, type=Path, help="a run folder")
     arguments.add_argument("--split", default="test", help="train, val or test (default: test)")
-    flags = arguments.parse_args(argv)
-    evaluate(flags.workdir, flags.split)
+    arguments.add_argument("--name", default="", help="folder in evaluations/ (default: the names of the methods)")
+    flags, overrides = cli.parse_with_overrides(arguments, argv, "--config.methods=lora,skip")
+    evaluate(flags.workdir, flags.split, overrides, flags.name)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """A run: the folder that holds it, and the program and variables that a config stands for.
 
 A run folder holds `config.json` (resolved), `run.json` (what came from outside: weights, classes), `split.csv` (which image
-is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv`, `checkpoints/` and, where there is something
-to draw, `figures/`.
+is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv` and `checkpoints/`; also `figures/` where there
+is something to draw, and `evaluations/` where the run was evaluated under other settings.
 """
 
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,18 @@ class Weights:
 
 @dataclass(frozen=True)
 class Built:
-    """A program with its variables before step 0."""
+    """A program with its variables before step 0; `phases` stand in for it early in training, each until a step."""
 
     program: Program
     trainable: dict[str, Any]
     frozen: dict[str, Any]
     weights: Weights
     total_steps: int
+    phases: tuple[tuple[int, Program], ...] = ()
+
+    def program_at(self, step: int) -> Program:
+        """The program that trains at a step."""
+        return next((program for end, program in self.phases if step < end), self.program)
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -99,6 +104,7 @@ def build(config: configs.Config, dataset: data.Dataset, source: pretrained.Pret
         dot_general_cls=method.dot_general_cls,
         select=method.select,
     )
+    method.check(model, (size // model.patch) ** 2)
     # On the device once: numpy arrays would be copied there at every step.
     initial = _initial(model, config, source, method, () if dataset.multilabel else dataset.classes)
     variables = jax.device_put(method.prepare(initial))
@@ -123,7 +129,10 @@ def build(config: configs.Config, dataset: data.Dataset, source: pretrained.Pret
         seed=config.seed,
     )
     weights = Weights(source.source, source.revision, source.sha256) if source else Weights("random", "", "")
-    return Built(program, trainable, frozen, weights, steps_in_all)
+    phases = tuple(
+        (end, replace(program, model=model.clone(select=select))) for end, select in method.phases(steps_in_all)
+    )
+    return Built(program, trainable, frozen, weights, steps_in_all, phases)
 
 
 def _initial(

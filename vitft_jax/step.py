@@ -66,10 +66,14 @@ def init_state(program: Program, trainable: tree.Tree) -> State:
     return State(jnp.zeros((), jnp.int32), trainable, program.tx.init(trainable))
 
 
+def normalise(program: Program, images: Array) -> Array:
+    """What the model takes, of uint8 images `(B, S, S, 3)`."""
+    return (images.astype(jnp.float32) / 255 - jnp.asarray(program.mean)) / jnp.asarray(program.std)
+
+
 def logits_of(program: Program, variables: tree.Tree, images: Array, rngs: Mapping[str, Array] | None = None) -> Array:
     """Logits `(B, C)` of uint8 images `(B, S, S, 3)`."""
-    x = (images.astype(jnp.float32) / 255 - jnp.asarray(program.mean)) / jnp.asarray(program.std)
-    return program.model.apply(variables, x, rngs=rngs)
+    return program.model.apply(variables, normalise(program, images), rngs=rngs)
 
 
 def example_losses(program: Program, logits: Array, labels: Array) -> Array:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitft_jax import IMPORTED, cli, data, metrics, report, run, runtime, step, tree
+from vitft_jax import IMPORTED, cli, data, figures, flops, metrics, report, run, runtime, step, tree
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError, nearest
@@ -36,6 +36,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     dataset = folder.dataset(config)
     dataset.images.check()
     _check_metric(config, dataset)
+    figures.chosen(config, dataset)
     built = run.build(config, dataset, source)
     batches = data.train_batches(
         dataset,
@@ -63,8 +64,9 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
     results, speed = {}, math.nan
     for split in ("val", "test"):
-        results[split], out = evaluate_split(folder, built, trainable, dataset, split, config)
+        results[split], out = evaluate_split(folder.path, built, trainable, dataset, split, config)
         speed = out.images_per_second
+    figures.draw(folder.path, built.program, trainable, built.frozen, dataset, config)
     summary = report.finite(
         {
             "metrics": results,
@@ -77,6 +79,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
                 "frozen": tree.nbytes(built.frozen),
                 "checkpoint": _folder_bytes(folder.checkpoints / str(best_step)),
             },
+            "flops": flops.report(built.program.model, config.data.image_size),
             "timing": {**timing, "eval_images_per_second": speed, "seconds": time.perf_counter() - started},
             "environment": {**report.environment(), "weights": folder.resolved()["weights"]},
         }
@@ -95,19 +98,24 @@ def _fit(
     checkpoints: Checkpoints,
 ) -> tuple[step.State, dict[str, float]]:
     """The loop over steps, from the newest checkpoint to the end; returns the last state and timing."""
-    program, per_epoch = built.program, data.steps_per_epoch(dataset, config.train.batch_size)
-    state = step.init_state(program, built.trainable)
+    per_epoch = data.steps_per_epoch(dataset, config.train.batch_size)
+    state = step.init_state(built.program, built.trainable)
     # `waited` counts the epochs since the best; `input`, added when saved, is the position in the stream of batches.
     loop: dict[str, Any] = {"best": None, "waited": 0, "stopped": False}
     if checkpoints.latest_step is not None:
         state, loop = checkpoints.restore(state)
         batches.set_state(loop["input"])
     first = done = int(state.step)
+    program = built.program_at(done)
     log = report.MetricsLog(folder.metrics, done)
     meter = Meter(config.train.batch_size)
     with report.Screen(built.total_steps, done) as screen:
         while done < built.total_steps and not loop["stopped"]:
             batch = {key: value for key, value in next(batches).items() if key != "index"}
+            if program is not built.program_at(done):
+                program = built.program_at(done)  # which compiles
+                jax.block_until_ready(state)
+                meter.leave_out_next()
             state, values = step.train_step(state, built.frozen, batch, program=program)
             done += 1
             meter.add(values)
@@ -184,7 +192,7 @@ class Meter:
         if self._values:
             self.loss = float(self._values[-1]["loss"])  # of the step before: this one is still running
         self._values.append(values)
-        if math.isnan(self._since):  # the first step compiles: time starts after it
+        if math.isnan(self._since):  # this step compiles: time goes on after it
             jax.block_until_ready(values)
             self.resume()
         else:
@@ -201,6 +209,11 @@ class Meter:
     def pause(self) -> None:
         """Stops the clock; call it when the device is idle."""
         self._seconds += time.perf_counter() - self._since
+
+    def leave_out_next(self) -> None:
+        """Leaves the next step out, as the first: it compiles. Call it when the device is idle."""
+        self.pause()
+        self._since = math.nan
 
     def resume(self) -> None:
         """Starts the clock."""

@@ -29,14 +29,18 @@ class Select(Protocol):
     def wants_rows(self, block: int) -> bool:
         """Whether the attention rows of the prefix tokens in this block are needed."""
 
-    def __call__(self, block: int, x: Array, rows: Array | None, carry: Any) -> tuple[Array, Any]:
-        """Returns the tokens `(B, N', D)` for the next block, and whatever it wants handed to its next call.
+    def __call__(self, block: int, x: Array, rows: Array | None, carry: Any) -> tuple[Array, Array | None, Any]:
+        """Returns the tokens `(B, N', D)` for the next block, which of them count, and what its next call gets.
+
+        Those that count, bool `(B, N')` or None for all, are the keys of the next block and what a mean runs over; the
+        prefix tokens always count.
 
         Args:
             block: Index of the block that has just run.
-            x: Its output tokens, `(B, N, D)`, prefix tokens first.
+            x: Its output tokens, `(B, N, D)`, prefix tokens first. The last block puts out these alone where the head
+                reads nothing else.
             rows: Attention of the prefix tokens in this block, `(B, H, P, N)`, where `wants_rows`.
-            carry: What the call before returned; None at the first block.
+            carry: What the call before returned last; None at the first block.
         """
 
 
@@ -49,8 +53,8 @@ class Attention(nn.Module):
     dot_general_cls: DotGeneralCls | None = None
 
     @nn.compact
-    def __call__(self, x: Array, leave: int, rows: bool) -> tuple[Array, Array | None]:
-        """Attention of the first `leave` tokens to all of them.
+    def __call__(self, x: Array, leave: int, rows: bool, keys: Array | None = None) -> tuple[Array, Array | None]:
+        """Attention of the first `leave` tokens to all of them, or to those where `keys`, bool `(B, N)`, is true.
 
         Maps tokens `(B, N, D)` to `(B, leave, D)`, and where `rows`, to the prefix tokens' attention `(B, H, P, N)`.
         """
@@ -61,9 +65,9 @@ class Attention(nn.Module):
             return y.reshape(batch, x.shape[1], self.heads, -1).transpose(0, 2, 1, 3)
 
         q, k, v = project("query", x[:, :leave]), project("key", x), project("value", x)
-        y = attention.attend(q, k, v).transpose(0, 2, 1, 3).reshape(batch, leave, width)
+        y = attention.attend(q, k, v, keys).transpose(0, 2, 1, 3).reshape(batch, leave, width)
         y = nn.Dense(width, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name="out")(y)
-        return y, attention.prefix_rows(q, k, self.prefix) if rows else None
+        return y, attention.prefix_rows(q, k, self.prefix, keys) if rows else None
 
 
 class Mlp(nn.Module):
@@ -108,8 +112,8 @@ class Block(nn.Module):
     dot_general_cls: DotGeneralCls | None = None
 
     @nn.compact
-    def __call__(self, x: Array, leave: int, rows: bool) -> tuple[Array, Array | None]:
-        """Maps tokens `(B, N, D)` to the first `leave` of them, which have seen all.
+    def __call__(self, x: Array, leave: int, rows: bool, keys: Array | None = None) -> tuple[Array, Array | None]:
+        """Maps tokens `(B, N, D)` to the first `leave` of them, which have seen all, or those where `keys` is true.
 
         Where `rows`, the prefix tokens' attention `(B, H, P, N)` comes second.
         """
@@ -119,7 +123,7 @@ class Block(nn.Module):
 
         y = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm1")(x)
         y, prefix_rows = Attention(self.heads, self.prefix, self.dtype, self.dot_general_cls, name="attn")(
-            y, leave, rows
+            y, leave, rows, keys
         )
         x = x[:, :leave] + scale(y, "scale1")
         y = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm2")(x)
@@ -178,8 +182,8 @@ class ViT(nn.Module):
         dist_head: Whether that token has a head of its own; without, the head reads the class token alone, as in Hugging
             Face's `DeiTForImageClassification`.
         layer_scale: A learned factor on each residual branch.
-        features: What the head reads after the last LayerNorm: 'cls', the 'mean' of the patch tokens, or 'cls+mean'
-            (concatenated).
+        features: What the head reads after the last LayerNorm: 'cls', the 'mean' of the patch tokens that are left, or
+            'cls+mean' (concatenated).
         eps: LayerNorm epsilon: 1e-12 for Hugging Face's ViT and DeiT, 1e-6 elsewhere.
         dtype: Compute dtype.
         dot_general_cls: Constructor of the product in every linear layer; None is `lax.dot_general`.
@@ -218,7 +222,7 @@ class ViT(nn.Module):
         x = Embed(self.width, self.patch, self.distilled, self.dtype, self.dot_general_cls, name="embed")(
             images.astype(self.dtype)
         )
-        carry = None
+        keys = carry = None
         for i in range(self.depth):
             # Nothing reads the patch tokens of the last block if the head reads prefix tokens: 7 % of a 12-block model.
             leave = self.prefix if self.features == "cls" and i == self.depth - 1 else x.shape[1]
@@ -231,12 +235,12 @@ class ViT(nn.Module):
                 self.dtype,
                 self.dot_general_cls,
                 name=f"blocks_{i}",
-            )(x, leave, rows=self.select is not None and self.select.wants_rows(i))
+            )(x, leave, rows=self.select is not None and self.select.wants_rows(i), keys=keys)
             if self.select is not None:
-                x, carry = self.select(i, x, rows, carry)
+                x, keys, carry = self.select(i, x, rows, carry)
         x = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm")(x)
 
-        heads = [("head", self._pool(x))]
+        heads = [("head", self._pool(x, keys))]
         if self.distilled and self.dist_head:
             heads.append(("head_dist", x[:, 1]))
         if not self.classes:
@@ -249,8 +253,9 @@ class ViT(nn.Module):
         ]
         return sum(y.astype(jnp.float32) for y in logits) / len(logits)
 
-    def _pool(self, x: Array) -> Array:
-        parts = {"cls": lambda: x[:, 0], "mean": lambda: x[:, self.prefix :].mean(axis=1)}
+    def _pool(self, x: Array, keys: Array | None) -> Array:
+        where = None if keys is None else keys[:, self.prefix :, None]
+        parts = {"cls": lambda: x[:, 0], "mean": lambda: x[:, self.prefix :].mean(axis=1, where=where)}
         return jnp.concatenate([parts[part]() for part in self.features.split("+")], axis=-1)
 
 

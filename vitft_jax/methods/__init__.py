@@ -29,6 +29,12 @@ class Method:
         dot: Wraps the constructor of the product in a linear layer: ``dot(base)() (x, kernel, dimensions)``.
         prepare: Rewrites the variables once, before step 0, such as to initialise an adapter from the kernels.
         select: Token selector (`vit.Select`), or None.
+        phases: ``phases(total_steps)``: selectors in its place early in training, each with the step at which it ends, in
+            order. Each compiles a step of its own.
+        check: ``check(model, patches)`` raises InputError where a model (`vit.ViT`) or the number of its patch tokens does
+            not suit the method.
+        patches: ``patches(model, variables, images)``: which patches of normalised images go on after a block, bool
+            `(B, patches)` by block, to be drawn over the images; None where there is nothing to draw.
         penalty: Maps the trainable variables to a scalar that is added to the loss, or None.
         wrap_tx: ``wrap_tx(tx, total_steps)`` wraps the optimiser.
         merge: Folds the adapters into `params`; takes and returns variables, without its own collections.
@@ -42,6 +48,9 @@ class Method:
     dot: Callable[[DotGeneralCls], DotGeneralCls] | None = None
     prepare: Callable[[Variables], Variables] = lambda variables: variables
     select: Any = None
+    phases: Callable[[int], Sequence[tuple[int, Any]]] = lambda total_steps: ()
+    check: Callable[[Any, int], None] = lambda model, patches: None
+    patches: Callable[[Any, Variables, Array], Mapping[int, Array]] | None = None
     penalty: Callable[[Variables], Array] | None = None
     wrap_tx: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = lambda tx, total_steps: tx
     merge: Callable[[Variables], Variables] = lambda variables: variables
@@ -60,7 +69,7 @@ def stack(methods: Sequence[Method]) -> Method:
     Raises:
         InputError: Two methods select tokens, or two put adapters on the linear layers.
     """
-    selectors = [m.select for m in methods if m.select is not None]
+    selectors = [m for m in methods if m.select is not None]
     if len(selectors) > 1:
         raise InputError("two methods select tokens; keep one of them in config.methods")
     # The inner one would see the path of the outer instead of the layer's, and merging would not find its kernel.
@@ -84,6 +93,10 @@ def stack(methods: Sequence[Method]) -> Method:
             tx = m.wrap_tx(tx, total_steps)
         return tx
 
+    def check(model: Any, patches: int) -> None:
+        for m in methods:
+            m.check(model, patches)
+
     def merge(variables: Variables) -> Variables:
         for m in reversed(methods):
             variables = m.merge(variables)
@@ -93,7 +106,10 @@ def stack(methods: Sequence[Method]) -> Method:
         collections=tuple(name for m in methods for name in m.collections),
         dot=dot if dots else None,
         prepare=prepare,
-        select=selectors[0] if selectors else None,
+        select=selectors[0].select if selectors else None,
+        phases=selectors[0].phases if selectors else lambda total_steps: (),
+        check=check,
+        patches=selectors[0].patches if selectors else None,
         penalty=(lambda variables: sum(p(variables) for p in penalties)) if penalties else None,
         wrap_tx=wrap_tx,
         merge=merge,
