@@ -90,6 +90,13 @@ def default() -> Config:
     ad.delta_t = 1  # optimiser steps between allocations; 1 fits a run of any length
     ad.penalty = 0.5  # weight of the orthogonality penalty; PEFT's
     ad.importance_at = "post"  # weights in the importance: 'post' the step, as in PEFT, or 'pre', as in the paper
+
+    c.quant = q = Config()
+    q.bits = 8  # of kernels: 8 or 4 (both stored in int8); activations have 8
+    q.weight_only = False  # activations stay in the compute dtype
+    q.static = False  # activation ranges fixed beforehand; only in runs that vitft_jax.quantize calibrated
+    q.base = "float"  # 'float': kernels train (QAT); 'int8': they are frozen, and int8 in memory
+    q.skip_layers = "^(embed|head)"  # regex on paths of linear layers that stay in float
     return c.lock()
 
 

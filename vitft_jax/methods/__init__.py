@@ -31,7 +31,7 @@ class Method:
         select: Token selector (`vit.Select`), or None.
         penalty: Maps the trainable variables to a scalar that is added to the loss, or None.
         wrap_tx: ``wrap_tx(tx, total_steps)`` wraps the optimiser.
-        merge: Folds the adapters into `params`; takes and returns variables, without its own collections.
+        merge: Folds the adapters into `params`, in float; takes and returns variables, without its own collections.
         ready_from: Maps the number of steps of a run to the first one whose model is what the method promises; an
             earlier one is never kept as the best, and early stopping waits for it.
         report: ``report(trainable, opt_state)``, what the method did so far, as JSON, for `metrics.jsonl` and
@@ -85,7 +85,7 @@ def stack(methods: Sequence[Method]) -> Method:
         return tx
 
     def merge(variables: Variables) -> Variables:
-        for m in reversed(methods):
+        for m in methods:  # inner to outer, so that adapters are folded into kernels that are float again
             variables = m.merge(variables)
         return variables
 
