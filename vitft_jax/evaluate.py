@@ -97,7 +97,7 @@ def evaluate(workdir: Path, split: str = "test") -> dict[str, Any]:
     dataset = folder.dataset(config)
     if split not in data.SPLITS:
         raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
-    built = build(config, dataset)
+    built = build(config, dataset, folder.whole())
     folder.open(config, dataset, built)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, at = checkpoints.restore_best(built.trainable)
