@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY, init, randomised, tiny
+from support import TINY, init, integer_dots, randomised, tiny
 
 from vitft_jax import config as configs
 from vitft_jax import methods, optim, quantizer, run, step, train, tree, vit
@@ -40,21 +40,6 @@ def program_of(names=("quant",), trainable="^head", model=None, **changes):
     method, model, variables, _ = quantised(names, trainable, model, **changes)
     program = step.Program(model, method, optim.optimizer(config, method, 20), (0.5,) * 3, (0.25,) * 3)
     return program, *tree.split(variables, run._trains(config, method))
-
-
-def integer_dots(compiled):
-    """Shapes of the int32 results of products of two int8 arrays in a compiled program."""
-    text, shapes = compiled.as_text(), []
-    for computation in text.split("\n\n"):
-        types = dict(re.findall(r"%?([\w.-]+) = (\w+)\[", computation)) | dict(
-            re.findall(r"%?([\w.-]+): (\w+)\[", computation)
-        )
-        for out, shape, left, right in re.findall(
-            r" = (\w+)\[([\d,]*)\]\S* dot\(%?([\w.-]+), %?([\w.-]+)\)", computation
-        ):
-            if (out, types[left], types[right]) == ("s32", "s8", "s8"):
-                shapes.append(shape)
-    return shapes
 
 
 def test_defaults_quantise_the_linear_layers_of_the_blocks_and_nothing_else():

@@ -66,7 +66,9 @@ def observe(model: ViT, params: tree.Tree, batches: Iterable[Array], images: int
             else:
                 rows.setdefault(path, []).append(np.asarray(leaf, np.float32))
     seen = {path: Seen(jnp.asarray(absmax[path], jnp.float32), jnp.concatenate(rows[path])) for path in rows}
-    for path, s in seen.items():
-        if not np.isfinite(s.absmax).all():
-            raise InputError(f"the input of {path} is not finite on the calibration images: this model is damaged")
+    if damaged := [path for path, s in seen.items() if not np.isfinite(s.absmax).all()]:
+        raise InputError(
+            f"on the calibration images the inputs of {len(damaged)} layers are not finite, such as that of {damaged[0]}: "
+            "weights or images are damaged"
+        )
     return seen
