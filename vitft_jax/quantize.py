@@ -81,11 +81,12 @@ class Simulation:
     program: Program
     params: tree.Tree
     layers: dict[str, Layer]
+    weight_only: bool
     config: Config
 
     def outputs(self, dataset: data.Dataset, split: str, in_float: Sequence[str]) -> Outputs:
         """What it says about a split with some layers in float."""
-        variables = simulate.variables(self.params, self.layers, in_float)
+        variables = simulate.variables(self.params, self.layers, in_float, self.weight_only)
         return outputs(self.program, variables, {}, dataset, split, self.config)
 
 
@@ -119,7 +120,7 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
     print(f"{len(layers)} layers; lowest signal-to-noise {told[weakest]['snr_db']:.1f} dB at {weakest}", flush=True)
 
     program = simulate.program(plain, layers, settings.static, settings.weight_only)
-    simulation = Simulation(program, params, layers, source.config)
+    simulation = Simulation(program, params, layers, settings.weight_only, source.config)
     if options.sensitivity_images:
         for path, value in _sensitivity(source, simulation, options.sensitivity_images).items():
             told[path]["sensitivity"] = value

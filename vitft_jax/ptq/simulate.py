@@ -1,6 +1,6 @@
 """The quantised model in float arithmetic, where each layer can be switched back to float without compiling anew.
 
-For asking many times which layers to quantise; integers of up to 127 and their sums are exact in float32 up to rounding.
+For asking many times which layers to quantise. In float32 it is the int8 model, as long as sums of products stay below 2^24.
 """
 
 from collections.abc import Collection, Mapping
@@ -29,7 +29,7 @@ class Layer(NamedTuple):
 
 
 class SimulatedDot(nn.Module):
-    """A float product whose input is rounded to what int8 can say, where its switch is on."""
+    """A float product of integers with their scales behind it where its switch is on, and of float values where it is off."""
 
     paths: frozenset[str]
     static: bool
@@ -38,11 +38,15 @@ class SimulatedDot(nn.Module):
     @nn.compact
     def __call__(self, x: Array, kernel: Array, dimensions: Any, **kwargs: Any) -> Array:
         """Maps x `(..., in)` and a kernel `(in, out)` to `(..., out)`."""
-        if "/".join(self.path[:-1]) in self.paths and not self.weight_only:
-            on = self.variable(COLLECTION, "on", lambda: jnp.ones(())).value
-            bound = self.variable(COLLECTION, "bound", lambda: jnp.ones(())).value if self.static else None
-            x = jnp.where(on > 0, quantizer.fake(x, bound).astype(x.dtype), x)
-        return lax.dot_general(x, kernel, dimensions, **kwargs)
+        dot = partial(lax.dot_general, dimension_numbers=dimensions, **kwargs)
+        if "/".join(self.path[:-1]) not in self.paths or self.weight_only:
+            return dot(x, kernel)
+        on = self.variable(COLLECTION, "on", lambda: jnp.ones((), bool)).value
+        kernel_scale = self.variable(COLLECTION, "scale", jnp.ones, kernel.shape[1]).value
+        bound = self.variable(COLLECTION, "bound", lambda: jnp.ones(())).value if self.static else None
+        scale = quantizer.activation_scale(x, bound)
+        y = dot(jnp.where(on, quantizer.round_to(x, scale).astype(x.dtype), x), kernel)
+        return y * jnp.where(on, scale * kernel_scale, 1).astype(y.dtype)
 
 
 def program(base: Program, layers: Mapping[str, Layer], static: bool, weight_only: bool) -> Program:
@@ -51,17 +55,22 @@ def program(base: Program, layers: Mapping[str, Layer], static: bool, weight_onl
     return replace(base, model=base.model.clone(dot_general_cls=dot))
 
 
-def variables(params: tree.Tree, layers: Mapping[str, Layer], in_float: Collection[str]) -> dict[str, Any]:
+def variables(
+    params: tree.Tree, layers: Mapping[str, Layer], in_float: Collection[str], weight_only: bool
+) -> dict[str, Any]:
     """Variables of the model with all `layers` quantised but those `in_float`."""
     leaves = tree.flatten({"params": params})
-    for path, layer in layers.items():
+    for path, (kernel, bias, bound) in layers.items():
         on = path not in in_float
         if on:
-            leaves[f"params/{path}/kernel"] = quantizer.dequantise(layer.kernel)
-            leaves[f"params/{path}/bias"] = layer.bias
-        leaves[f"{COLLECTION}/{path}/dot/on"] = jnp.float32(on)
-        if layer.bound is not None:
-            leaves[f"{COLLECTION}/{path}/dot/bound"] = layer.bound
+            leaves[f"params/{path}/bias"] = bias
+            leaves[f"params/{path}/kernel"] = (
+                quantizer.dequantise(kernel) if weight_only else kernel.values.astype(jnp.float32)
+            )
+        leaves[f"{COLLECTION}/{path}/dot/on"] = jnp.asarray(on)
+        leaves[f"{COLLECTION}/{path}/dot/scale"] = kernel.scale
+        if bound is not None:
+            leaves[f"{COLLECTION}/{path}/dot/bound"] = bound
     return tree.unflatten(leaves)
 
 
