@@ -28,6 +28,7 @@ TASKS = {  # task: contestants, ours first
     "forward": ("ours", "transformers", "timm"),
     "lora": ("ours", "peft"),
     "full": ("ours", "transformers"),
+    "int8": ("ours", "float", "torch"),  # forward: int8 kernels and dynamic ranges; our own float; torch's dynamic int8
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
     "matmul": ("ours", "torch"),
@@ -46,7 +47,8 @@ def ours(task: str, options: argparse.Namespace) -> Turn:
 
     runtime.start()
     config = configs.default()
-    config.methods = ("lora",) if task == "lora" else ()
+    config.methods = {"lora": ("lora",), "int8": ("quant",)}.get(task, ())
+    config.quant.base = "int8"
     config.lora.rank, config.lora.alpha, config.train.lr = RANK, ALPHA, LEARNING_RATE
     method = methods.load(config)
     model = vit.ViT(
@@ -56,12 +58,12 @@ def ours(task: str, options: argparse.Namespace) -> Turn:
         dot_general_cls=method.dot_general_cls,
     )
     size = options.size
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    variables = method.prepare(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3))))
     trains = "." if task == "full" else "head"
     trainable, frozen = tree.split(variables, lambda name: name.startswith("lora") or trains in name or trains == ".")
     program = step.Program(model, method, optim.optimizer(config, method, 10_000), (0.5,) * 3, (0.5,) * 3)
     images = np.random.default_rng(0).integers(0, 255, (options.batch, size, size, 3), np.uint8)
-    if task == "forward":
+    if task in ("forward", "int8"):
         return lambda: jax.block_until_ready(step.eval_step(trainable, frozen, images, program=program))
     batch = {"image": images, "label": np.arange(options.batch) % CLASSES}
     holder = [step.init_state(program, trainable)]
@@ -115,7 +117,9 @@ def torch_peer(task: str, options: argparse.Namespace, timm: bool = False) -> Tu
         out = model(images)
         return out if timm else out.logits
 
-    if task == "forward":
+    if task == "int8":
+        model = torch.ao.quantization.quantize_dynamic(model.eval(), {torch.nn.Linear}, dtype=torch.qint8)
+    if task in ("forward", "int8"):
         model.eval()
 
         def forward() -> None:
@@ -211,6 +215,8 @@ def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
     """The work of one contestant as a function to be timed."""
     if task in ("attention", "gelu", "matmul"):
         return torch_layer(task, options) if name == "torch" else jax_layer(task, options, name == "autodiff")
+    if name == "float":
+        return ours("forward", options)
     return ours(task, options) if name == "ours" else torch_peer(task, options, timm=name == "timm")
 
 
