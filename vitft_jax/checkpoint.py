@@ -38,7 +38,11 @@ class Checkpoints:
                 create=not read_only,
                 read_only=read_only,
             ),
-            item_names=("trainable", "optimizer", "loop"),
+            item_handlers={
+                "trainable": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "loop": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -85,7 +89,7 @@ class Checkpoints:
             raise InputError(f"{self._folder}: no checkpoint here; train the run first")
         if like is None:
             here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # not the device that it was saved from
-            saved = self._manager.item_metadata(step)["trainable"]
+            saved = self._manager.item_metadata(step)["trainable"].tree
             wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), saved)
         else:
             wanted = _abstract(like)
