@@ -31,6 +31,7 @@ TASKS = {  # task: contestants, ours first
     "forward": ("ours", "transformers", "timm"),
     "lora": ("ours", "peft"),
     "full": ("ours", "transformers"),
+    "int8": ("ours", "float", "torch"),  # forward: int8 kernels and dynamic ranges; our own float; torch's dynamic int8
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
     "matmul": ("ours", "torch"),
@@ -62,7 +63,9 @@ def our_model(task: str, name: str, options: argparse.Namespace) -> tuple[Any, A
     config = configs.default()
     overrides = SKIP.get(name, ())
     configs.override(config, overrides)
-    config.methods = ("lora",) * task.endswith("lora") + ("skip",) * bool(overrides)
+    first = {"int8": ("quant",)}.get(task, ()) if name == "ours" else ()
+    config.methods = first + ("lora",) * task.endswith("lora") + ("skip",) * bool(overrides)
+    config.quant.base = "int8"
     config.lora.rank, config.lora.alpha, config.train.lr = RANK, ALPHA, LEARNING_RATE
     method = methods.load(config)
     model = vit.ViT(
@@ -86,13 +89,13 @@ def ours(task: str, name: str, options: argparse.Namespace) -> Turn:
     runtime.start()
     config, method, model = our_model(task, name, options)
     size = options.size
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    variables = method.prepare(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3))))
     trains = "." if task == "full" else "head"
     trainable, frozen = tree.split(variables, lambda name: name.startswith("lora") or trains in name or trains == ".")
     program = step.Program(model, method, optim.optimizer(config, method, 10_000), (0.5,) * 3, (0.5,) * 3)
     rows = batch_of(task, options)
     images = np.random.default_rng(0).integers(0, 255, (rows, size, size, 3), np.uint8)
-    if task == "forward" or task in FAMILIES["skip"][:3]:
+    if task in ("forward", "int8", *FAMILIES["skip"][:3]):
         return lambda: jax.block_until_ready(step.eval_step(trainable, frozen, images, program=program))
     batch = {"image": images, "label": np.arange(rows) % CLASSES}
     holder = [step.init_state(program, trainable)]
@@ -146,7 +149,9 @@ def torch_peer(task: str, options: argparse.Namespace, timm: bool = False) -> Tu
         out = model(images)
         return out if timm else out.logits
 
-    if task == "forward":
+    if task == "int8":
+        model = torch.ao.quantization.quantize_dynamic(model.eval(), {torch.nn.Linear}, dtype=torch.qint8)
+    if task in ("forward", "int8"):
         model.eval()
 
         def forward() -> None:
@@ -242,7 +247,8 @@ def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
     """The work of one contestant as a function to be timed."""
     if task in ("attention", "gelu", "matmul"):
         return torch_layer(task, options) if name == "torch" else jax_layer(task, options, name == "autodiff")
-    return ours(task, name, options) if name in ("ours", *SKIP) else torch_peer(task, options, timm=name == "timm")
+    mine = name in ("ours", "float", *SKIP)
+    return ours(task, name, options) if mine else torch_peer(task, options, timm=name == "timm")
 
 
 def serve(task: str, name: str, options: argparse.Namespace) -> None:

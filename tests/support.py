@@ -1,5 +1,7 @@
 """What tests share: tiny models of every family, with adapters."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,3 +54,18 @@ def adapters_and_head(variant, classes, method="lora", **changes):
     model = vit.ViT(**vit.VARIANTS[variant], classes=classes, dot_general_cls=dot_general_cls)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
     return tree.count(shapes["lora"]) + tree.count(shapes["params"]["head"])
+
+
+def integer_dots(compiled):
+    """Shapes of the int32 results of products of two int8 arrays in a compiled program."""
+    text, shapes = compiled.as_text(), []
+    for computation in text.split("\n\n"):
+        types = dict(re.findall(r"%?([\w.-]+) = (\w+)\[", computation)) | dict(
+            re.findall(r"%?([\w.-]+): (\w+)\[", computation)
+        )
+        for out, shape, left, right in re.findall(
+            r" = (\w+)\[([\d,]*)\]\S* dot\(%?([\w.-]+), %?([\w.-]+)\)", computation
+        ):
+            if (out, types[left], types[right]) == ("s32", "s8", "s8"):
+                shapes.append(shape)
+    return shapes

@@ -1,7 +1,7 @@
 """Checkpoints of a run, by Orbax: the newest, to go on from, and the best, to use.
 
 A checkpoint holds three items: `trainable` (adapters and head, or the whole model where it trains), `optimizer` and
-`loop` (input position, best metric so far). Frozen weights are named in `run.json`, not stored.
+`loop` (input position, best metric so far). Frozen weights are named in `run.json`, not stored; a quantised run stores all.
 """
 
 import logging
@@ -38,7 +38,11 @@ class Checkpoints:
                 create=not read_only,
                 read_only=read_only,
             ),
-            item_names=("trainable", "optimizer", "loop"),
+            item_handlers={
+                "trainable": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "loop": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -75,7 +79,7 @@ class Checkpoints:
         return State(items["optimizer"]["step"], items["trainable"], items["optimizer"]["state"]), items["loop"]
 
     def restore_best(self, like: Any) -> tuple[Any, int]:
-        """The trainable variables of the best checkpoint, in the shapes of `like`, and its step.
+        """The trainable variables of the best checkpoint, in the shapes of `like` (None: as they were saved), and its step.
 
         Raises:
             InputError: There is no checkpoint.
@@ -83,7 +87,13 @@ class Checkpoints:
         step = self._manager.best_step()
         if step is None:
             raise InputError(f"{self._folder}: no checkpoint here; train the run first")
-        args = ocp.args.Composite(trainable=ocp.args.StandardRestore(_abstract(like)))
+        if like is None:
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # not the device that it was saved from
+            saved = self._manager.item_metadata(step)["trainable"].tree
+            wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), saved)
+        else:
+            wanted = _abstract(like)
+        args = ocp.args.Composite(trainable=ocp.args.StandardRestore(wanted))
         return self._manager.restore(step, args=args)["trainable"], step
 
 

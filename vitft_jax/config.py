@@ -105,6 +105,13 @@ def default() -> Config:
     c.figures = f = Config()  # pictures of what a method does, such as the patches that skip, in RUN/figures
     f.count = 8  # images of the test split, evenly spread over it; 0 = none
     f.names = ()  # these images instead, by their path in the data
+
+    c.quant = q = Config()
+    q.bits = 8  # of kernels: 8 or 4 (both stored in int8); activations have 8
+    q.weight_only = False  # activations stay in the compute dtype
+    q.static = False  # activation ranges fixed beforehand; only in runs that vitft_jax.quantize calibrated
+    q.base = "float"  # 'float': kernels train (QAT); 'int8': they are frozen, and int8 in memory
+    q.skip_layers = "^(embed|head)"  # regex on paths of linear layers that stay in float
     return c.lock()
 
 

@@ -105,18 +105,19 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
             parameters than the run has.
     """
     folder = Folder(workdir)
-    config, source = resolve(folder.config())
+    whole = folder.whole()
+    config, source = resolve(folder.config(), whole)
     dataset = folder.dataset(config)
     if split not in data.SPLITS:
         raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
-    built = build(config, dataset, source)
+    built = build(config, dataset, source, whole)
     folder.open(config, dataset, built)
     if Path(name).name != name:
         raise InputError(f"--name {name}: the name of one folder, without separators")
     path = workdir
     if overrides:
         trained, config = built, _overridden(config, overrides)
-        built = build(config, dataset, source)
+        built = build(config, dataset, source, whole)
         _check_same_parameters(trained, built, config)
         figures.chosen(config, dataset)
         path = workdir / "evaluations" / (name or "-".join(config.methods) or "plain")

@@ -23,6 +23,11 @@ from vitft_jax.errors import InputError, nearest
 from vitft_jax.step import Program
 from vitft_jax.vit import VARIANTS, ViT
 
+ARCHITECTURE = (
+    "patch", "width", "depth", "heads", "hidden", "distilled", "dist_head", "layer_scale", "features", "eps"
+)  # fmt: skip
+"""Arguments of `ViT` that say what the model is."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -35,14 +40,19 @@ class Weights:
 
 @dataclass(frozen=True)
 class Built:
-    """A program with its variables before step 0; `phases` stand in for it early in training, each until a step."""
+    """A program with its variables before step 0.
+
+    `phases` stand in for the program early in training, each until a step. Of a run whose checkpoint holds the whole model,
+    `trainable` is None (restore it), `frozen` is empty, and `whole` says what the model is.
+    """
 
     program: Program
-    trainable: dict[str, Any]
+    trainable: dict[str, Any] | None
     frozen: dict[str, Any]
     weights: Weights
     total_steps: int
     phases: tuple[tuple[int, Program], ...] = ()
+    whole: dict[str, Any] | None = None
 
     def program_at(self, step: int) -> Program:
         """The program that trains at a step."""
@@ -61,28 +71,52 @@ def total_steps(config: configs.Config, dataset: data.Dataset) -> int:
     return config.train.steps or math.ceil(config.train.epochs * data.steps_per_epoch(dataset, config.train.batch_size))
 
 
-def resolve(config: configs.Config) -> tuple[configs.Config, pretrained.Pretrained | None]:
+def whole_model(program: Program, weights: Weights) -> dict[str, Any]:
+    """What `run.json` says of a run whose checkpoint holds the whole model, so that it needs no other weights."""
+    return {
+        "weights": asdict(weights),
+        "model": {name: getattr(program.model, name) for name in ARCHITECTURE},
+        "mean": list(program.mean),
+        "std": list(program.std),
+    }
+
+
+def resolve(
+    config: configs.Config, whole: dict[str, Any] | None = None
+) -> tuple[configs.Config, pretrained.Pretrained | None]:
     """Reads the base weights; returns the config with what they determine filled in, and the weights.
+
+    Args:
+        config: Of the run.
+        whole: Of a run whose checkpoint holds the whole model, `Folder.whole`: no weights are read then.
 
     Raises:
         InputError: The weights cannot be read.
     """
     source = None
-    if config.model.pretrained:
+    if config.model.pretrained and whole is None:
         source = pretrained.load(config.model.pretrained, config.model.revision, config.model.name)
     config = configs.absolute(config)
     config.data.image_size = config.data.image_size or (source.image_size if source else 224)
     return config, source
 
 
-def build(config: configs.Config, dataset: data.Dataset, source: pretrained.Pretrained | None) -> Built:
-    """Builds the model and its optimiser, from what `resolve` returned.
+def build(
+    config: configs.Config,
+    dataset: data.Dataset,
+    source: pretrained.Pretrained | None,
+    whole: dict[str, Any] | None = None,
+) -> Built:
+    """Builds the model and its optimiser, from what `resolve` returned; `whole` as there.
 
     Raises:
         InputError: The weights do not fit, a method refuses its settings, or nothing trains.
     """
-    if source is not None:
-        architecture = dict(source.model)
+    mean = std = (0.5, 0.5, 0.5)
+    if whole is not None:
+        architecture, mean, std = dict(whole["model"]), tuple(whole["mean"]), tuple(whole["std"])
+    elif source is not None:
+        architecture, mean, std = dict(source.model), source.mean, source.std
     elif config.model.name in VARIANTS:
         architecture = dict(VARIANTS[config.model.name])
     else:
@@ -105,29 +139,30 @@ def build(config: configs.Config, dataset: data.Dataset, source: pretrained.Pret
         select=method.select,
     )
     method.check(model, (size // model.patch) ** 2)
-    # On the device once: numpy arrays would be copied there at every step.
-    initial = _initial(model, config, source, method, () if dataset.multilabel else dataset.classes)
-    variables = jax.device_put(method.prepare(initial))
-
     steps_in_all = total_steps(config, dataset)
-    trains = _trains(config, method)
-    trainable, frozen = tree.split(variables, trains)
-    if "params" not in trainable:
-        raise InputError(
-            f"config key train.trainable={config.train.trainable!r} matches no parameter: nothing to train"
-        )
     program = Program(
         model=model,
         method=method,
         tx=optim.optimizer(config, method, steps_in_all),
-        mean=source.mean if source else (0.5, 0.5, 0.5),
-        std=source.std if source else (0.5, 0.5, 0.5),
+        mean=mean,
+        std=std,
         multilabel=dataset.multilabel,
         class_weights=class_weights(dataset) if config.train.class_weights else (),
         label_smoothing=config.train.label_smoothing,
         accumulate=config.train.accumulate,
         seed=config.seed,
     )
+    if whole is not None:
+        return Built(program, None, {}, Weights(**whole["weights"]), steps_in_all, whole=whole)
+    # On the device once: numpy arrays would be copied there at every step.
+    initial = _initial(model, config, source, method, () if dataset.multilabel else dataset.classes)
+    variables = jax.device_put(method.prepare(initial))
+    trains = _trains(config, method)
+    trainable, frozen = tree.split(variables, trains)
+    if "params" not in trainable:
+        raise InputError(
+            f"config key train.trainable={config.train.trainable!r} matches no parameter: nothing to train"
+        )
     weights = Weights(source.source, source.revision, source.sha256) if source else Weights("random", "", "")
     phases = tuple(
         (end, replace(program, model=model.clone(select=select))) for end, select in method.phases(steps_in_all)
@@ -224,6 +259,7 @@ class Folder:
             InputError: They are not.
         """
         now = {"weights": asdict(built.weights), "classes": list(dataset.classes), "multilabel": dataset.multilabel}
+        now |= built.whole or {}
         if self.exists:
             for key, then in self.resolved().items():
                 if then != now[key]:
@@ -248,8 +284,13 @@ class Folder:
         return configs.from_json((self.path / "config.json").read_text(encoding="utf-8"))
 
     def resolved(self) -> dict[str, Any]:
-        """Contents of `run.json`: weights, classes, multilabel."""
+        """Contents of `run.json`: weights, classes, multilabel; and of a whole model, what it is."""
         return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+
+    def whole(self) -> dict[str, Any] | None:
+        """What `build` needs of a run whose checkpoint holds the whole model; None for other runs."""
+        resolved = self.resolved() if self.exists else {}
+        return {k: resolved[k] for k in ("weights", "model", "mean", "std")} if "model" in resolved else None
 
     def dataset(self, config: configs.Config) -> data.Dataset:
         """The images of the run: in the splits that it was started with, if it was."""

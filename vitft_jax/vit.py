@@ -44,6 +44,23 @@ class Select(Protocol):
         """
 
 
+def _promote(*arrays: Array | None, dtype: Dtype, **_: Any) -> list[Array | None]:
+    """Casts to the compute dtype; a kernel that a method has made integers stays as it is."""
+    return [a if a is None or jnp.issubdtype(a.dtype, jnp.integer) else jnp.asarray(a, dtype) for a in arrays]
+
+
+def _dense(module: nn.Module, features: int, name: str) -> nn.Dense:
+    """A linear layer of a module that has `dtype` and `dot_general_cls`."""
+    return nn.Dense(
+        features,
+        dtype=module.dtype,
+        kernel_init=_INIT,
+        promote_dtype=_promote,
+        dot_general_cls=module.dot_general_cls,
+        name=name,
+    )
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with query, key, value and out projections kept apart."""
 
@@ -61,12 +78,12 @@ class Attention(nn.Module):
         batch, _, width = x.shape
 
         def project(name: str, x: Array) -> Array:
-            y = nn.Dense(width, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name=name)(x)
+            y = _dense(self, width, name)(x)
             return y.reshape(batch, x.shape[1], self.heads, -1).transpose(0, 2, 1, 3)
 
         q, k, v = project("query", x[:, :leave]), project("key", x), project("value", x)
         y = attention.attend(q, k, v, keys).transpose(0, 2, 1, 3).reshape(batch, leave, width)
-        y = nn.Dense(width, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name="out")(y)
+        y = _dense(self, width, "out")(y)
         return y, attention.prefix_rows(q, k, self.prefix, keys) if rows else None
 
 
@@ -80,13 +97,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps tokens `(B, N, D)` to `(B, N, D)`."""
-
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(
-                features, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name=name
-            )
-
-        return dense(x.shape[-1], "fc2")(gelu(dense(self.hidden, "fc1")(x)))
+        return _dense(self, x.shape[-1], "fc2")(gelu(_dense(self, self.hidden, "fc1")(x)))
 
 
 class LayerScale(nn.Module):
@@ -153,9 +164,7 @@ class Embed(nn.Module):
         rows, columns = height // self.patch, width // self.patch
         x = images.reshape(batch, rows, self.patch, columns, self.patch, channels).swapaxes(2, 3)
         x = x.reshape(batch, rows * columns, self.patch * self.patch * channels)
-        x = nn.Dense(
-            self.width, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name="patch"
-        )(x)
+        x = _dense(self, self.width, "patch")(x)
         prefix = [self.param("cls_token", _INIT, (1, 1, self.width))]
         if self.distilled:
             prefix.append(self.param("dist_token", _INIT, (1, 1, self.width)))
@@ -245,12 +254,7 @@ class ViT(nn.Module):
             heads.append(("head_dist", x[:, 1]))
         if not self.classes:
             return jnp.concatenate([features for _, features in heads], axis=-1)
-        logits = [
-            nn.Dense(
-                self.classes, dtype=self.dtype, kernel_init=_INIT, dot_general_cls=self.dot_general_cls, name=name
-            )(features)
-            for name, features in heads
-        ]
+        logits = [_dense(self, self.classes, name)(features) for name, features in heads]
         return sum(y.astype(jnp.float32) for y in logits) / len(logits)
 
     def _pool(self, x: Array, keys: Array | None) -> Array:

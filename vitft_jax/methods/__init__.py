@@ -37,7 +37,7 @@ class Method:
             `(B, patches)` by block, to be drawn over the images; None where there is nothing to draw.
         penalty: Maps the trainable variables to a scalar that is added to the loss, or None.
         wrap_tx: ``wrap_tx(tx, total_steps)`` wraps the optimiser.
-        merge: Folds the adapters into `params`; takes and returns variables, without its own collections.
+        merge: Folds the adapters into `params`, in float; takes and returns variables, without its own collections.
         ready_from: Maps the number of steps of a run to the first one whose model is what the method promises; an
             earlier one is never kept as the best, and early stopping waits for it.
         report: ``report(trainable, opt_state)``, what the method did so far, as JSON, for `metrics.jsonl` and
@@ -98,7 +98,7 @@ def stack(methods: Sequence[Method]) -> Method:
             m.check(model, patches)
 
     def merge(variables: Variables) -> Variables:
-        for m in reversed(methods):
+        for m in methods:  # inner to outer, so that adapters are folded into kernels that are float again
             variables = m.merge(variables)
         return variables
 

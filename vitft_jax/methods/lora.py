@@ -112,13 +112,22 @@ def delta(adapter: dict[str, Array], settings: Settings) -> Array:
 
 
 def map_layers(function: Callable[..., tuple[Any, dict[str, Any]]], variables: Variables) -> dict[str, Any]:
-    """Rewrites every layer with an adapter: ``function(path, kernel, adapter) -> (kernel, adapter)``."""
+    """Rewrites every layer with an adapter: ``function(path, kernel, adapter) -> (kernel, adapter)``.
+
+    Raises:
+        InputError: A kernel is stored in integers.
+    """
     params, leaves = tree.flatten(variables["params"]), tree.flatten(variables[COLLECTION])
     adapters: dict[str, dict[str, Any]] = {}
     for name, leaf in leaves.items():
         path, part = name.split("/dot/")  # '<path of the linear layer>/dot/a'
         adapters.setdefault(path, {})[part] = leaf
     for path, adapter in adapters.items():
+        if jnp.issubdtype(params[f"{path}/kernel"].dtype, jnp.integer):
+            raise InputError(
+                f"this adapter reads the kernel of {path} in float, and quant.base='int8' stores it in integers; "
+                "use lora or adalora, or quant.base='float'"
+            )
         params[f"{path}/kernel"], adapter = function(path, params[f"{path}/kernel"], adapter)
         leaves |= {f"{path}/dot/{part}": leaf for part, leaf in adapter.items()}
     return {**variables, "params": tree.unflatten(params), COLLECTION: tree.unflatten(leaves)}

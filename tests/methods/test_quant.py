@@ -1,0 +1,235 @@
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import TINY, init, integer_dots, randomised, tiny
+
+from vitft_jax import config as configs
+from vitft_jax import methods, optim, quantizer, run, step, train, tree, vit
+from vitft_jax.errors import InputError
+from vitft_jax.methods import quant
+
+IMAGES = jax.random.normal(jax.random.key(7), (2, 16, 16, 3))
+BATCH = {"image": np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), np.uint8), "label": np.array([0, 1, 2, 1])}
+LINEAR = [f"attn/{name}" for name in ("key", "out", "query", "value")] + ["mlp/fc1", "mlp/fc2"]
+LAYERS = [f"blocks_{i}/{name}" for i in range(TINY["depth"]) for name in LINEAR]
+
+
+def quant_config(names=("quant",), trainable="^head", **changes):
+    config = configs.default()
+    config.methods, config.train.trainable = names, trainable
+    config.quant.update(changes)
+    return config
+
+
+def quantised(names=("quant",), trainable="^head", model=None, **changes):
+    """A tiny model: (method, model, variables, params in float); adapters are random."""
+    method = methods.load(quant_config(names, trainable, **changes))
+    model = (model or tiny()).clone(dot_general_cls=method.dot_general_cls)
+    variables = init(model, random=False)
+    params = randomised(variables["params"])
+    adapters = {name: randomised(variables[name]) for name in method.collections}
+    return method, model, dict(method.prepare({**variables, **adapters, "params": params})), params
+
+
+def program_of(names=("quant",), trainable="^head", model=None, **changes):
+    config = quant_config(names, trainable, **changes)
+    method, model, variables, _ = quantised(names, trainable, model, **changes)
+    program = step.Program(model, method, optim.optimizer(config, method, 20), (0.5,) * 3, (0.25,) * 3)
+    return program, *tree.split(variables, run._trains(config, method))
+
+
+def test_defaults_quantise_the_linear_layers_of_the_blocks_and_nothing_else():
+    _, _, variables, params = quantised(base="int8")
+    kernels = {name: leaf for name, leaf in tree.flatten(variables["params"]).items() if name.endswith("/kernel")}
+    assert {name.removesuffix("/kernel") for name, leaf in kernels.items() if leaf.dtype == jnp.int8} == set(LAYERS)
+    for name, leaf in tree.flatten(variables["params"]).items():
+        if leaf.dtype != jnp.int8:
+            np.testing.assert_array_equal(leaf, tree.flatten(params)[name])
+
+
+@pytest.mark.parametrize("base", ["float", "int8"])
+def test_every_converted_layer_is_an_int8_dot_in_the_compiled_program(base):
+    program, trainable, frozen = program_of(base=base)
+    compiled = step.eval_step.lower(trainable, frozen, BATCH["image"], program=program).compile()
+    assert len(integer_dots(compiled)) == len(LAYERS)
+
+
+def test_with_all_layers_skipped_it_is_the_float_model_to_the_bit():
+    _, model, variables, params = quantised(skip_layers=".")
+    np.testing.assert_array_equal(model.apply(variables, IMAGES), tiny().apply({"params": params}, IMAGES))
+
+
+def test_a_skipped_layer_stays_float_and_the_head_can_be_quantised_too():
+    _, _, variables, _ = quantised(base="int8", trainable="^norm", skip_layers="^embed|fc2$")
+    kernels = {n: a.dtype for n, a in tree.flatten(variables["params"]).items() if n.endswith("/kernel")}
+    chosen = {name.removesuffix("/kernel") for name, dtype in kernels.items() if dtype == jnp.int8}
+    assert chosen == {layer for layer in LAYERS if not layer.endswith("fc2")} | {"head"}
+    assert set(quant.layers(variables)) == chosen
+
+
+def test_both_bases_give_the_same_logits():
+    _, model, variables, params = quantised(base="int8")
+    _, trained, float_variables, _ = quantised(base="float")
+    logits = model.apply(variables, IMAGES)
+    np.testing.assert_allclose(logits, trained.apply(float_variables, IMAGES), rtol=1e-5, atol=1e-5)
+    exact = tiny().apply({"params": params}, IMAGES)
+    assert 1e-4 < jnp.abs(logits - exact).max() < 0.05 * jnp.abs(exact).max()
+
+
+@pytest.mark.parametrize("changes", [{}, {"bits": 4}, {"weight_only": True}])
+def test_logits_are_those_of_the_oracle_in_every_layer(changes):
+    """The plain model with each product written out by `quantizer`, layer by layer."""
+    _, model, variables, params = quantised(base="int8", **changes)
+
+    def dot(x, kernel, dimensions, **_):
+        if kernel.shape in ((48, 32), (32, 3)):  # patch embedding, head
+            return x @ kernel
+        values, scale = quantizer.quantise_kernel(kernel, changes.get("bits", 8))
+        if changes.get("weight_only"):
+            return x @ (values * scale)
+        x_scale = jnp.abs(x).max(-1, keepdims=True) / 127.5
+        return jnp.round(x / x_scale).clip(-127, 127) @ values.astype(jnp.float32) * (x_scale * scale)
+
+    expected = tiny(dot_general_cls=lambda: dot).apply({"params": params}, IMAGES)
+    np.testing.assert_allclose(model.apply(variables, IMAGES), expected, rtol=0, atol=1e-5)
+
+
+def test_gradients_of_a_layer_are_those_of_the_quantised_product():
+    """Fails if the backward pass ignores quantisation: with 4 bits the two differ by far."""
+    _, model, _, params = quantised(trainable=".", bits=4)
+
+    def grad(model):
+        loss = lambda p: jnp.sum(model.apply({"params": p}, IMAGES))  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)["blocks_1"]["mlp"]["fc2"]["kernel"]
+
+    def straight(x, kernel, dimensions, **_):
+        if kernel.shape in ((48, 32), (32, 3)):
+            return x @ kernel
+        ste = lambda a, seen: a + jax.lax.stop_gradient(seen - a)  # noqa: E731
+        return ste(x, quantizer.fake(x)) @ ste(kernel, quantizer.dequantise(quantizer.quantise_kernel(kernel, 4)))
+
+    ours, expected, ignoring = grad(model), grad(tiny(dot_general_cls=lambda: straight)), grad(tiny())
+    distance = lambda a: float(jnp.linalg.norm(a - expected) / jnp.linalg.norm(expected))  # noqa: E731
+    assert distance(ours) < 0.01 < 0.1 < distance(ignoring)
+
+
+def test_the_patch_embedding_gets_its_gradient():
+    program, trainable, frozen = program_of(trainable=".")
+    grads = jax.jit(jax.grad(lambda t: step.loss(t, frozen, BATCH, jax.random.key(0), program)[0]))(trainable)
+    for name, leaf in tree.flatten(grads).items():
+        assert np.isfinite(leaf).all(), name
+        assert leaf.any() or name.endswith("key/bias"), name  # softmax does not see the bias of keys
+
+
+@pytest.mark.parametrize("names", [("quant", "lora"), ("quant", "adalora")])
+@pytest.mark.parametrize("base", ["float", "int8"])
+def test_adapters_train_over_a_quantised_base(names, base):
+    program, trainable, frozen = program_of(names, base=base)
+    before, losses = jax.tree.map(np.array, frozen), []
+    state = step.init_state(program, trainable)
+    for _ in range(8):
+        state, values = step.train_step(state, frozen, BATCH, program=program)
+        losses.append(float(values["loss"]))
+    assert losses[-1] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, frozen, before)
+    assert all((a != b).any() for a, b in zip(*map(jax.tree.leaves, (state.trainable, trainable)), strict=True))
+
+
+def test_gradients_of_adapters_over_int8_are_those_over_the_float_base_that_it_stands_for():
+    """Weight-only, so that the two models are the same function up to rounding."""
+    program, trainable, frozen = program_of(("quant", "lora"), base="int8", weight_only=True)
+    plain_config = quant_config(("lora",))
+    plain_method = methods.load(plain_config)
+    plain_model = tiny(dot_general_cls=plain_method.dot_general_cls)
+    plain = step.Program(plain_model, plain_method, program.tx, program.mean, program.std)
+    float_frozen = methods.load(quant_config(base="int8")).merge(frozen)
+    assert set(float_frozen) == {"params"}
+
+    def grads(program, frozen):
+        return jax.jit(jax.grad(lambda t: step.loss(t, frozen, BATCH, jax.random.key(0), program)[0]))(trainable)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        grads(program, frozen),
+        grads(plain, float_frozen),
+    )
+
+
+def test_adapters_see_the_input_in_float():
+    """With an int8 base of zeros all that is left of a layer is its adapter, and that is exact."""
+    _, model, variables, _ = quantised(("quant", "lora"), base="int8")
+    zeros = tree.map_named(lambda n, a: jnp.zeros_like(a) if a.dtype == jnp.int8 else a, variables)
+    float_zeros = tree.map_named(lambda n, a: a.astype(jnp.float32) if a.dtype == jnp.int8 else a, zeros)
+    plain = tiny(dot_general_cls=methods.load(quant_config(("lora",))).dot_general_cls)
+    np.testing.assert_array_equal(model.apply(zeros, IMAGES), plain.apply(float_zeros, IMAGES))
+
+
+@pytest.mark.parametrize("names", [("quant", "lora"), ("quant", "adalora"), ("quant",)])
+def test_merging_gives_the_float_model_that_the_integers_stand_for(names):
+    method, model, variables, _ = quantised(names, base="int8", weight_only=True)
+    merged = method.merge(variables)
+    assert set(merged) == {"params"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(merged)} == {jnp.dtype("float32")}
+    expected = model.apply(variables, IMAGES)
+    np.testing.assert_allclose(tiny().apply(merged, IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_frozen_of_a_converted_layer_is_integers_and_vectors():
+    _, _, frozen = program_of(("quant", "lora"), base="int8")
+    matrices = [leaf for name, leaf in tree.flatten(frozen).items() if leaf.ndim > 1 and "/blocks_" in name]
+    assert len(matrices) == len(LAYERS)
+    assert {leaf.dtype for leaf in matrices} == {jnp.dtype("int8")}
+    assert tree.nbytes(frozen["quant"]) == 4 * TINY["depth"] * (5 * 32 + 64)
+
+
+def test_int8_base_of_a_large_model_has_the_bytes_that_the_formula_says():
+    """ViT-B/16 of 1000 classes: 84,934,656 bytes of kernels, 331,776 of scales, 4 for each of 1,633,000 other parameters."""
+    method = methods.load(quant_config(base="int8"))
+    model = vit.ViT(**vit.VARIANTS["vit_base_patch16"], classes=1000, dot_general_cls=method.dot_general_cls)
+    shapes = jax.eval_shape(lambda key: method.prepare(model.init(key, jnp.zeros((1, 224, 224, 3)))), jax.random.key(0))
+    assert tree.nbytes(shapes) == 84_934_656 + 331_776 + 4 * 1_633_000
+    assert tree.nbytes(shapes) < 0.27 * 346.3e6
+
+
+def test_in_bfloat16_the_output_of_a_layer_is_bfloat16_and_the_logits_are_close():
+    _, model, variables, params = quantised(model=tiny(dtype=jnp.bfloat16), base="int8")
+    logits, seen = model.apply(variables, IMAGES, capture_intermediates=True)
+    exact = tiny().apply({"params": params}, IMAGES)
+    assert jnp.abs(logits - exact).max() < 0.1 * jnp.abs(exact).max()
+    assert seen["intermediates"]["blocks_0"]["mlp"]["fc1"]["__call__"][0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 7}, "quant.bits=7: 8 or 4"),
+        ({"base": "int4"}, "quant.base='int4': one of 'float', 'int8'"),
+        ({"skip_layers": "("}, "no regex"),
+        ({"static": True}, "static ranges are for quant.base='int8'"),
+        ({"static": True, "base": "int8"}, "no ranges were calibrated"),
+        ({"base": "int8", "skip_layers": "."}, "skips every linear layer"),
+        ({"base": "int8", "trainable": "."}, "stores in integers"),
+        ({"names": ("lora", "quant")}, "'quant' comes first"),
+        ({"names": ("quant", "dora"), "base": "int8"}, "use lora or adalora"),
+        ({"names": ("quant", "pissa"), "base": "int8"}, "use lora or adalora"),
+    ],
+)
+def test_bad_settings(changes, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        quantised(**changes)
+
+
+@pytest.mark.parametrize("extra", ["", "methods=quant,lora train.trainable=^head quant.base=int8"])
+def test_the_command_trains(tiny_config, tmp_path, pytestconfig, extra):
+    train.main([
+        f"--config={pytestconfig.rootpath / 'configs' / 'qat.py'}", f"--workdir={tmp_path / 'run'}",
+        f"--config.data.path={tiny_config.data.path}", "--config.data.image_size=16", "--config.data.val_fraction=0.2",
+        "--config.model.name=tiny_test", "--config.train.batch_size=6", "--config.train.epochs=6",
+        "--config.train.lr=0.01", *(f"--config.{key}" for key in extra.split()),
+    ])  # fmt: skip
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["metrics"]["test"]["accuracy"]["value"] >= 0.8  # brightness alone tells the classes apart

@@ -1,0 +1,172 @@
+"""The command quantize, end to end on a tiny run."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import TINY, integer_dots
+
+from vitft_jax import config as configs
+from vitft_jax import evaluate, quantize, run, step, train, tree, vit
+from vitft_jax.checkpoint import Checkpoints
+from vitft_jax.errors import InputError
+from vitft_jax.ptq import observe
+from vitft_jax.ptq.recipe import Recipe
+
+FAST = quantize.Options(Recipe(smooth=False), sensitivity_images=0)
+
+
+@pytest.fixture(autouse=True)
+def variant(monkeypatch):
+    monkeypatch.setitem(vit.VARIANTS, "tiny_test", TINY)
+
+
+@pytest.fixture(scope="module")
+def trained(image_folder, tmp_path_factory):
+    """A LoRA run."""
+    workdir, config = tmp_path_factory.mktemp("runs") / "lora", configs.default()
+    config.methods, config.model.name = ("lora",), "tiny_test"
+    config.data.path, config.data.image_size = str(image_folder), 16
+    config.data.val_fraction = config.data.test_fraction = 0.2
+    config.train.batch_size, config.train.epochs, config.train.lr = 6, 4.0, 1e-2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vit.VARIANTS, "tiny_test", TINY)
+        train.train(config, workdir)
+    return workdir
+
+
+def stored(workdir):
+    """The program of a quantised run and the variables in its checkpoint."""
+    folder = run.Folder(workdir)
+    config = folder.config()
+    built = run.build(config, folder.dataset(config), None, folder.whole())
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        return built.program, checkpoints.restore_best(None)[0]
+
+
+def integer_kernels(variables):
+    return {n for n, a in tree.flatten(variables["params"]).items() if a.dtype == jnp.int8}
+
+
+def test_a_run_becomes_an_int8_run_that_needs_no_other_weights(trained, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "int8"
+    quantize.main([f"--workdir={trained}", f"--output={output}", "--sensitivity_images=6"])
+    said = capsys.readouterr().out
+    assert "calibrating on 18 training images" in said
+    assert "leaving out layer 12/12" in said
+    assert {p.name for p in output.iterdir()} == {
+        "config.json", "run.json", "split.csv", "summary.json", "checkpoints", "predictions_val.csv",
+        "predictions_test.csv",
+    }  # fmt: skip
+    assert list(tmp_path.iterdir()) == [output]
+
+    program, variables = stored(output)
+    assert integer_kernels(variables) == {
+        f"blocks_{i}/{layer}/kernel"
+        for i in range(2)
+        for layer in ("attn/query", "attn/key", "attn/value", "attn/out", "mlp/fc1", "mlp/fc2")
+    }
+    kernels, scales = 2 * (4 * 32 * 32 + 2 * 32 * 64), 2 * (5 * 32 + 64)
+    others = sum(a.size for a in jax.tree.leaves(variables) if a.dtype != jnp.int8) - scales
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["bytes"]["arrays"] == kernels + 4 * scales + 4 * others == tree.nbytes(variables)
+    assert summary["bytes"]["float32"] == 4 * (kernels + others)
+    compiled = step.eval_step.lower(variables, {}, np.zeros((6, 16, 16, 3), np.uint8), program=program).compile()
+    assert len(integer_dots(compiled)) == 12
+
+    told = summary["method"]
+    for split in ("val", "test"):
+        compared = told["compared"][split]
+        float_run = json.loads((trained / "summary.json").read_text())["metrics"][split]
+        assert compared["float"] == float_run
+        assert compared["agreement"] == 1
+        assert 0 < compared["divergence"] < 1e-3
+        for name, change in compared["change"].items():
+            assert change["value"] == summary["metrics"][split][name]["value"] - float_run[name]["value"]
+    assert all(layer["snr_db"] > 30 for layer in told["layers"].values())
+    assert told["layers"]["blocks_0/mlp/fc2"]["alpha"] is None
+    assert "sensitivity" in told["layers"]["blocks_0/mlp/fc2"]
+
+    monkeypatch.setattr(run, "_initial", None)  # no weights but those of the checkpoint
+    monkeypatch.setattr(run.pretrained, "load", None)
+    before = (output / "predictions_test.csv").read_bytes()
+    (output / "predictions_test.csv").unlink()
+    assert evaluate.evaluate(output) == summary["metrics"]["test"]
+    assert (output / "predictions_test.csv").read_bytes() == before
+    with pytest.raises(InputError, match="is quantised already"):
+        quantize.quantize(output, tmp_path / "again", FAST)
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_the_gate_keeps_the_most_sensitive_layers_in_float(trained, tmp_path, monkeypatch, capsys):
+    values = {f"blocks_{i}/{name}": 0.0 for i in (0, 1) for name in ("mlp/fc1", "mlp/fc2")}
+    order = ["blocks_1/mlp/fc1", "blocks_0/attn/out"]
+    values |= {f"blocks_{i}/attn/{name}": 0.0 for i in (0, 1) for name in ("query", "key", "value", "out")}
+    monkeypatch.setattr(quantize, "_sensitivity", lambda *_: values | {order[0]: 2.0, order[1]: 1.0})
+    # simulated with 0 and 1 layers in float, real with 1, simulated and real with 2
+    drops = iter([2.0, 0.4, 0.6, 0.5, 0.1])
+    monkeypatch.setattr(quantize, "_drop", lambda *_: next(drops))
+    options = quantize.Options(Recipe(smooth=False, static="mse"), max_drop=0.5)
+    summary = quantize.quantize(trained, tmp_path / "int8", options)
+    assert next(drops, None) is None
+    assert summary["method"]["float_layers"] == order
+    assert f"kept in float: {', '.join(order)}" in capsys.readouterr().out
+    program, variables = stored(tmp_path / "int8")
+    assert not integer_kernels(variables) & {f"{path}/kernel" for path in order}
+    assert len(integer_kernels(variables)) == 10
+    assert {n.rsplit("/", 1)[1] for n in tree.flatten(variables["quant"])} == {"scale", "bound"}  # static ranges
+    logits = step.eval_step(variables, {}, np.zeros((6, 16, 16, 3), np.uint8), program=program)
+    assert np.isfinite(logits).all()
+
+
+def test_nothing_is_left_behind_where_it_fails(trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(quantize.report, "write_json", full)
+    with pytest.raises(OSError, match="no space"):
+        quantize.quantize(trained, tmp_path / "int8", FAST)
+    assert not list(tmp_path.iterdir())
+
+
+def test_activations_that_are_not_finite_leave_nothing_behind(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(observe, "observe", lambda *_: (_ for _ in ()).throw(InputError("not finite")))
+    with pytest.raises(InputError, match="not finite"):
+        quantize.quantize(trained, tmp_path / "int8", FAST)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--images=3"], "--images 3"),
+        (["--max_drop=-1"], "--max_drop -1.0"),
+        (["--max_drop=1", "--sensitivity_images=0"], "must be measured"),
+        (["--bits=3"], "quant.bits=3: 8 or 4"),
+        (["--static=mse", "--weight_only"], "quant.static=True"),
+        (["--static=most"], "--static most: mse, max or a percentile"),
+        (["--skip_layers=."], "nothing is quantised"),
+        (["--workdir=nowhere"], "no run here"),
+    ],
+)
+def test_bad_flags(trained, tmp_path, monkeypatch, flags, message):
+    seen = {"blocks_0/attn/query": observe.Seen(jnp.ones(32), jnp.ones((4, 32)))}
+    monkeypatch.setattr(observe, "observe", lambda *_: seen)
+    with pytest.raises(InputError) as error:
+        quantize.main([f"--workdir={trained}", f"--output={tmp_path / 'int8'}", "--no-smooth", *flags])
+    assert message in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_that_exists_and_too_few_images(trained, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="exists already"):
+        quantize.quantize(trained, trained, FAST)
+    monkeypatch.setattr(quantize, "FEWEST", 19)
+    with pytest.raises(InputError, match="18 calibration images"):
+        quantize.quantize(trained, tmp_path / "int8", FAST)
+    shutil.copytree(trained, tmp_path / "untrained", ignore=shutil.ignore_patterns("checkpoints", "summary.json"))
+    with pytest.raises(InputError, match="no checkpoint here"):
+        quantize.quantize(tmp_path / "untrained", tmp_path / "int8", FAST)

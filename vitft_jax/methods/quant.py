@@ -1,0 +1,198 @@
+"""Quantisation of the linear layers in the blocks: int8 products, in training and after (Jacob et al. 2018, arXiv:1712.05877).
+
+    y = s_x s_w (q_x q_w)        q: int8, summed in int32;   s_x per token,   s_w per output channel
+
+Two kinds of base, by ``quant.base``:
+
+- 'float', quantisation-aware training: kernels stay float32 and are quantised anew in every forward pass, by AQT; gradients
+  are those of the quantised product, straight through the rounding.
+- 'int8': kernels that do not train are int8 arrays in `params` themselves, with their scales in the collection `quant`, so
+  no float copy of them exists. Adapters train in float beside them. `vitft_jax.quantize` writes runs of this kind.
+
+AQT differentiates its training products only, not its products with stored integers, so the second kind is our own
+`quantizer.frozen_product`. All that comes from AQT is `trained_product`; `quantizer.trained_product` is the same in plain JAX.
+
+The head and the patch embedding stay in float by default, and LayerNorm, softmax and GELU always do.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from aqt.jax.v2 import config as aqt
+from jax import Array
+
+from vitft_jax import quantizer, tree
+from vitft_jax.errors import InputError
+from vitft_jax.methods import DotGeneralCls, Method, Variables
+from vitft_jax.quantizer import Product, Quantised
+
+COLLECTION = "quant"
+BASES = ("float", "int8")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is quantised, and how.
+
+    Attributes:
+        bits: Of kernels, 8 or 4; activations have 8.
+        weight_only: Leaves activations in float.
+        static: One range per layer, calibrated beforehand, instead of one per token.
+        base: See the module.
+        skip_layers: Regex on paths of linear layers that stay in float; '' for none.
+    """
+
+    bits: int = 8
+    weight_only: bool = False
+    static: bool = False
+    base: str = "float"
+    skip_layers: str = "^(embed|head)"
+
+    def converts(self, path: str) -> bool:
+        """Whether the linear layer `path`, such as 'blocks_0/attn/query', is quantised."""
+        return not (self.skip_layers and re.search(self.skip_layers, path))
+
+
+@cache
+def trained_product(bits: int, weight_only: bool) -> Product:
+    """AQT's product that quantises both sides anew, as `quantizer.trained_product`."""
+    c = aqt.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None)  # gradients are float products
+    aqt.set_bits(c, None if weight_only else 8, bits, None, None, None, None)
+    aqt.set_stochastic_rounding(c, False, False, "jax.uniform")
+    aqt.set_scale_and_bias_dtype(c, jnp.float32)
+    # Without this the gradients would be those of the product in float. An unquantised side has no scale to reuse.
+    aqt.set_use_fwd_quant(c, True, not weight_only)
+
+    def product(x: Array, kernel: Array) -> Array:
+        return c(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+    return product
+
+
+class QuantDot(nn.Module):
+    """A quantised product; stands in for `lax.dot_general` inside a linear layer."""
+
+    settings: Settings
+    base: DotGeneralCls
+
+    @nn.compact
+    def __call__(self, x: Array, kernel: Array, dimensions: Any, **kwargs: Any) -> Array:
+        """Maps x `(..., in)` and a kernel `(in, out)` to `(..., out)`."""
+        s = self.settings
+        if not s.converts(layer_of("/".join(self.path))):
+            return self.base()(x, kernel, dimensions, **kwargs)
+        if s.base == "float":
+            return trained_product(s.bits, s.weight_only)(x, kernel)
+        scale = self.variable(COLLECTION, "scale", jnp.ones, kernel.shape[1]).value
+        bound = self.variable(COLLECTION, "bound", partial(jnp.full, (), jnp.nan)).value if s.static else None
+        if self.is_initializing():  # the kernel is still float
+            return self.base()(x, kernel, dimensions, **kwargs)
+        return quantizer.frozen_product(x, Quantised(kernel, scale), bound, s.weight_only)
+
+
+def layer_of(path: str) -> str:
+    """The path of the linear layer whose product is quantised at `path`, alone or inside an adapter's product."""
+    return path.removesuffix("/quant").removesuffix("/dot")
+
+
+def _scales(variables: Variables) -> Iterator[tuple[str, str]]:
+    """Pairs of the name of a scale in the collection and the path of its layer."""
+    for name in tree.flatten(variables.get(COLLECTION, {})):
+        if name.endswith("/scale"):
+            yield name, layer_of(name.removesuffix("/scale"))
+
+
+def layers(variables: Variables) -> list[str]:
+    """Paths of the layers whose kernels are integers."""
+    return [path for _, path in _scales(variables)]
+
+
+def insert(variables: Variables, kernels: dict[str, Quantised], bounds: dict[str, Array] | None = None) -> Variables:
+    """Puts integers in the place of kernels: `kernels` and static `bounds` by path of a layer."""
+    params, leaves = tree.flatten(variables["params"]), tree.flatten(variables[COLLECTION])
+    for name, path in _scales(variables):
+        params[f"{path}/kernel"], leaves[name] = kernels[path]
+        if bounds is not None:
+            leaves[f"{name.removesuffix('/scale')}/bound"] = bounds[path]
+    return {**variables, "params": tree.unflatten(params), COLLECTION: tree.unflatten(leaves)}
+
+
+def prepare(variables: Variables, settings: Settings, trainable: str) -> Variables:
+    """Replaces every kernel that is quantised and frozen by integers.
+
+    Raises:
+        InputError: A kernel is to train, no layer is quantised, or static ranges are asked for, which only calibration has.
+    """
+    if settings.base != "int8":
+        return variables
+    if settings.static:
+        raise InputError(
+            "quant.static=True: no ranges were calibrated for this model. `python -m vitft_jax.quantize --static` "
+            "calibrates a trained run; to train, use quant.static=False"
+        )
+    paths = layers(variables)
+    if not paths:
+        raise InputError(f"quant.skip_layers={settings.skip_layers!r} skips every linear layer: nothing is quantised")
+    for path in paths:
+        if re.search(trainable, f"{path}/kernel"):
+            raise InputError(
+                f"train.trainable={trainable!r} trains the kernel of {path}, which quant.base='int8' stores in integers. "
+                "Use quant.base='float' to train it, or a narrower train.trainable"
+            )
+    params = tree.flatten(variables["params"])
+    return insert(
+        variables,
+        {path: quantizer.quantise_kernel(jnp.asarray(params[f"{path}/kernel"]), settings.bits) for path in paths},
+    )
+
+
+def merge(variables: Variables) -> Variables:
+    """Float32 kernels in the place of integers, without the collection; kernels of a float base stay as they are."""
+    if COLLECTION not in variables:
+        return variables
+    params, leaves = tree.flatten(variables["params"]), tree.flatten(variables[COLLECTION])
+    for name, path in _scales(variables):
+        params[f"{path}/kernel"] = quantizer.dequantise(Quantised(params[f"{path}/kernel"], leaves[name]))
+    rest = {collection: value for collection, value in variables.items() if collection != COLLECTION}
+    return {**rest, "params": tree.unflatten(params)}
+
+
+def settings_of(config: Any) -> Settings:
+    """The settings in ``config.quant``.
+
+    Raises:
+        InputError: A setting is out of range, two exclude each other, or the regex does not compile.
+    """
+    c = config.quant
+    if c.bits not in (4, 8):
+        raise InputError(f"quant.bits={c.bits}: 8 or 4")
+    if c.base not in BASES:
+        raise InputError(f"quant.base={c.base!r}: one of {', '.join(map(repr, BASES))}")
+    if c.static and (c.weight_only or c.base == "float"):
+        raise InputError("quant.static=True: static ranges are for quant.base='int8' and quant.weight_only=False")
+    try:
+        re.compile(c.skip_layers)
+    except re.error as error:
+        raise InputError(f"quant.skip_layers={c.skip_layers!r}: no regex: {error}") from None
+    return Settings(c.bits, c.weight_only, c.static, c.base, c.skip_layers)
+
+
+def method(config: Any) -> Method:
+    """Builds quantisation from ``config.quant``.
+
+    Raises:
+        InputError: As `settings_of`; or another method comes before this one.
+    """
+    if config.methods[0] != "quant":
+        raise InputError(f"config.methods={config.methods}: 'quant' comes first, since others add to its product")
+    settings = settings_of(config)
+    return Method(
+        dot=lambda base: partial(QuantDot, settings, base, name="quant"),
+        prepare=partial(prepare, settings=settings, trainable=config.train.trainable),
+        merge=merge,
+    )

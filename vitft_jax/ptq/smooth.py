@@ -1,0 +1,103 @@
+"""SmoothQuant: moves the spread of activation channels into the kernels behind (Xiao et al. 2022, arXiv:2211.10438, eq. 4).
+
+    s_j = max |X_j|^alpha / max_o |W_jo|^(1 - alpha),    X' = X / s,    W' = diag(s) W
+
+The division is folded into what makes X, so in float nothing changes: the scale and bias of the LayerNorm before query, key
+and value and before fc1, and the value projection before out (attention is linear in the values). Between fc1 and fc2 stands
+a GELU, which nothing can be moved across.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from vitft_jax import quantizer, tree
+from vitft_jax.ptq.observe import Seen
+
+ALPHAS = (0.3, 0.5, 0.7)
+LARGEST = 100.0  # of a factor or its inverse, after the geometric mean is divided out
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Where a division can be folded: from `source`, a LayerNorm or a value projection, into the `layers` behind it."""
+
+    source: str
+    layers: tuple[str, ...]
+
+
+def folds(params: tree.Tree) -> list[Fold]:
+    """All folds of a model."""
+    found = []
+    for block in (name for name in params if name.startswith("blocks_")):
+        attention = tuple(f"{block}/attn/{name}" for name in ("query", "key", "value"))
+        found += [
+            Fold(f"{block}/norm1", attention),
+            Fold(f"{block}/attn/value", (f"{block}/attn/out",)),
+            Fold(f"{block}/norm2", (f"{block}/mlp/fc1",)),
+        ]
+    return found
+
+
+def factors(activations: Array, weights: Array, alpha: float) -> Array:
+    """S from the largest magnitudes `(in,)` of activations and weights; 1 for a channel that is dead on either side."""
+    alive = (activations > 0) & (weights > 0)
+    log = jnp.where(alive, alpha * jnp.log(activations) - (1 - alpha) * jnp.log(weights), 0.0)
+    log -= jnp.sum(log) / jnp.maximum(jnp.sum(alive), 1)
+    return jnp.where(alive, jnp.exp(jnp.clip(log, -jnp.log(LARGEST), jnp.log(LARGEST))), 1.0)
+
+
+def apply(params: tree.Tree, fold: Fold, s: Array) -> dict[str, Array]:
+    """Parameters with a division by s `(in,)` folded in; the same function in float."""
+    leaves = tree.flatten(params)
+    for part in ("scale", "kernel", "bias"):  # of a LayerNorm the first and last, of a projection the others
+        if f"{fold.source}/{part}" in leaves:
+            leaves[f"{fold.source}/{part}"] = leaves[f"{fold.source}/{part}"] / s
+    for layer in fold.layers:
+        leaves[f"{layer}/kernel"] = leaves[f"{layer}/kernel"] * s[:, None]
+    return tree.unflatten(leaves)
+
+
+@partial(jax.jit, static_argnames=("bits", "static"))
+def error(rows: Array, kernel: Array, s: Array, bits: int, static: bool) -> Array:
+    """Squared error of the layer's output when both sides are quantised after smoothing by s."""
+    smoothed = rows / s
+    bound = jnp.max(jnp.abs(smoothed)) if static else None
+    exact = rows @ kernel
+    kernel = quantizer.quantise_kernel(kernel * s[:, None], bits)
+    return jnp.sum((quantizer.frozen_product(smoothed, kernel, bound) - exact) ** 2)
+
+
+def search(
+    params: tree.Tree, seen: Mapping[str, Seen], bits: int, static: bool, alphas: Sequence[float] = ALPHAS
+) -> tuple[dict[str, Array], dict[str, Seen], dict[str, float | None]]:
+    """Smooths every fold by the alpha whose quantised layers come closest to the float ones, or not at all.
+
+    Returns:
+        Parameters, what the layers see afterwards, and the alpha chosen for each layer, None where there is no smoothing.
+    """
+    params, seen, chosen = dict(params), dict(seen), {}
+    for fold in folds(params):
+        leaves = tree.flatten(params)
+        kernels = [leaves[f"{layer}/kernel"] for layer in fold.layers]
+        weights = jnp.max(jnp.stack([jnp.max(jnp.abs(kernel), axis=1) for kernel in kernels]), axis=0)
+        activations = jnp.max(jnp.stack([seen[layer].absmax for layer in fold.layers]), axis=0)
+        candidates = {None: jnp.ones_like(weights)} | {a: factors(activations, weights, a) for a in alphas}
+        errors = {
+            alpha: sum(
+                float(error(seen[layer].rows, kernel, s, bits, static))
+                for layer, kernel in zip(fold.layers, kernels, strict=True)
+            )
+            for alpha, s in candidates.items()
+        }
+        best = min(errors, key=errors.__getitem__)
+        s = candidates[best]
+        params = apply(params, fold, s)
+        for layer in fold.layers:
+            seen[layer] = Seen(seen[layer].absmax / s, seen[layer].rows / s)
+            chosen[layer] = best
+    return params, seen, chosen
