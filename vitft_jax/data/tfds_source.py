@@ -276,7 +276,7 @@ def _features(info: "DatasetInfo", labels: Sequence[str], where: Path) -> tuple[
         return image, tuple(labels), tuple(features[labels[0]].names)
     check_label_columns(labels)
     for name in labels:
-        if features[name].shape != () or features[name].np_dtype.kind not in "biu":
+        if features[name].shape != () or np.dtype(features[name].np_dtype).kind not in "biu":
             raise InputError(f"{listed}; data.labels: {name!r} is no scalar that can be 0 or 1.")
     return image, tuple(labels), ()
 
