@@ -28,7 +28,7 @@ def variant(monkeypatch):
 def trained(image_folder, tmp_path_factory):
     """A LoRA run."""
     workdir, config = tmp_path_factory.mktemp("runs") / "lora", configs.default()
-    config.methods, config.model.name = ("lora",), "tiny_test"
+    config.methods, config.model.name, config.model.pretrained = ("lora",), "tiny_test", ""
     config.data.path, config.data.image_size = str(image_folder), 16
     config.data.val_fraction = config.data.test_fraction = 0.2
     config.train.batch_size, config.train.epochs, config.train.lr = 6, 4.0, 1e-2

@@ -483,9 +483,11 @@ def test_half_prepared_datasets_by_name(by_name):
 def test_keys_that_do_not_go_together(prepared, of):
     with pytest.raises(InputError, match=r"is one prepared dataset; leave out data\.name='x'"):
         load(of(prepared, name="x"), 0)
-    with pytest.raises(InputError, match=r"data\.table = 't\.csv': only data\.source='folder'"):
+    with pytest.raises(InputError, match=r"data\.table = 't\.csv': data\.source='tfds' has no use for it, only folder"):
         load(of(prepared, name="", table="t.csv"), 0)
-    with pytest.raises(InputError, match=r"data\.name = 'x': only data\.source='tfds'"):
+    with pytest.raises(
+        InputError, match=r"data\.name = 'x': data\.source='folder' has no use for it, only tfds and phantom"
+    ):
         load(of(prepared, name="x", table="", source="npz"), 0)
     with pytest.raises(InputError, match=r"data\.name and data\.path are empty"):
         load(of("", name="", source="tfds"), 0)

@@ -139,7 +139,7 @@ def test_the_command_trains(tiny_config, tmp_path, pytestconfig):
     train.main([
         f"--config={pytestconfig.rootpath / 'configs' / 'dora.py'}", f"--workdir={tmp_path / 'run'}",
         f"--config.data.path={tiny_config.data.path}", "--config.data.image_size=16", "--config.data.val_fraction=0.2",
-        "--config.model.name=tiny_test", "--config.train.batch_size=6", "--config.train.epochs=6",
+        "--config.model.name=tiny_test", "--config.model.pretrained=", "--config.train.batch_size=6", "--config.train.epochs=6",
         "--config.train.lr=0.01", "--config.lora.dropout=0.1",
     ])  # fmt: skip
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -102,7 +102,7 @@ def test_a_run_gives_the_same_answers_where_the_decomposition_has_other_signs(
     train.main([
         f"--config={pytestconfig.rootpath / 'configs' / 'pissa.py'}", f"--workdir={tmp_path / 'run'}",
         f"--config.data.path={tiny_config.data.path}", "--config.data.image_size=16", "--config.data.val_fraction=0.2",
-        "--config.model.name=tiny_test", "--config.train.batch_size=6", "--config.train.epochs=6",
+        "--config.model.name=tiny_test", "--config.model.pretrained=", "--config.train.batch_size=6", "--config.train.epochs=6",
         "--config.train.lr=0.01",
     ])  # fmt: skip
 

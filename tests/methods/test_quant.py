@@ -228,7 +228,7 @@ def test_the_command_trains(tiny_config, tmp_path, pytestconfig, extra):
     train.main([
         f"--config={pytestconfig.rootpath / 'configs' / 'qat.py'}", f"--workdir={tmp_path / 'run'}",
         f"--config.data.path={tiny_config.data.path}", "--config.data.image_size=16", "--config.data.val_fraction=0.2",
-        "--config.model.name=tiny_test", "--config.train.batch_size=6", "--config.train.epochs=6",
+        "--config.model.name=tiny_test", "--config.model.pretrained=", "--config.train.batch_size=6", "--config.train.epochs=6",
         "--config.train.lr=0.01", *(f"--config.{key}" for key in extra.split()),
     ])  # fmt: skip
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
