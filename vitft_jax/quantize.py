@@ -135,7 +135,9 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
             folder, built, variables = _write(part, source, config, params, layers, in_float)
             results, after = {}, {}
             for split in ("val", "test"):
-                results[split], after[split] = evaluate_split(folder, built, variables, source.dataset, split, config)
+                results[split], after[split] = evaluate_split(
+                    folder.path, built, variables, source.dataset, split, config
+                )
             drop = _drop(before["val"], after["val"], source.dataset.multilabel)
             if options.max_drop is None or drop <= options.max_drop:
                 break

@@ -486,7 +486,7 @@ def test_keys_that_do_not_go_together(prepared, of):
     with pytest.raises(InputError, match=r"data\.table = 't\.csv': data\.source='tfds' has no use for it, only folder"):
         load(of(prepared, name="", table="t.csv"), 0)
     with pytest.raises(
-        InputError, match=r"data\.name = 'x': data\.source='folder' has no use for it, only tfds and phantom"
+        InputError, match=r"data\.name = 'x': data\.source='npz' has no use for it, only tfds and phantom"
     ):
         load(of(prepared, name="x", table="", source="npz"), 0)
     with pytest.raises(InputError, match=r"data\.name and data\.path are empty"):
