@@ -35,6 +35,7 @@ TASKS = {  # task: contestants, ours first
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
     "matmul": ("ours", "torch"),
+    "input": ("ours", "step"),  # batches of the default run, read and augmented; and the LoRA step that they feed
     **dict.fromkeys(("skip_1", "skip_8", "skip_32", "skip_lora"), ("dense", "prune", "early", "rejoin")),
 }
 FAMILIES = {"skip": ("skip_1", "skip_8", "skip_32", "skip_lora")}
@@ -50,7 +51,9 @@ Turn = Callable[[], None]
 
 def batch_of(task: str, options: argparse.Namespace) -> int:
     """Images per step: a task may fix it."""
-    return {"skip_1": 1, "skip_8": 8, "skip_32": 32, "skip_lora": 8}.get(task, options.batch)
+    return {"skip_1": 1, "skip_8": 8, "skip_32": 32, "skip_lora": 8, "input": 20 * options.batch}.get(
+        task, options.batch
+    )
 
 
 def our_model(task: str, name: str, options: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -243,8 +246,46 @@ def jax_layer(task: str, options: argparse.Namespace, autodiff: bool) -> Turn:
     return lambda: jax.block_until_ready(both(x, g))
 
 
+def default_run(name: str, options: argparse.Namespace) -> Turn:
+    """A batch from the input pipeline of the default run, or its LoRA step on one."""
+    import jax
+
+    from vitft_jax import config as configs
+    from vitft_jax import data, run, runtime, step
+
+    runtime.start()
+    config = configs.default()
+    config.methods, config.train.batch_size = ("lora",), options.batch
+    config, source = run.resolve(config)
+    dataset = data.load(config.data, seed=0)
+    dataset.images.check()  # decodes the images and keeps them, as before training
+    batches = data.train_batches(
+        dataset,
+        batch_size=options.batch,
+        image_size=config.data.image_size,
+        fit=config.data.fit,
+        augment=config.augment,
+        seed=0,
+    )
+    if name == "ours":
+        return lambda: [next(batches) for _ in range(20)]  # more than are read ahead between turns
+    built = run.build(config, dataset, source)
+    batch = {key: value for key, value in next(batches).items() if key != "index"}
+    batches.close()
+    holder = [step.init_state(built.program, built.trainable)]
+
+    def turn() -> None:
+        for _ in range(20):
+            holder[0], _ = step.train_step(holder[0], built.frozen, batch, program=built.program)
+        jax.block_until_ready(holder[0])
+
+    return turn
+
+
 def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
     """The work of one contestant as a function to be timed."""
+    if task == "input":
+        return default_run(name, options)
     if task in ("attention", "gelu", "matmul"):
         return torch_layer(task, options) if name == "torch" else jax_layer(task, options, name == "autodiff")
     mine = name in ("ours", "float", *SKIP)
