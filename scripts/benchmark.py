@@ -2,7 +2,8 @@
 
     python scripts/benchmark.py                                # forward, lora, full: ViT-S/16, 224 px, batch 8, float32
     python scripts/benchmark.py lora --batch 16 --rounds 15
-    python scripts/benchmark.py attention gelu matmul          # a part of one layer; matmul is x @ W of the first MLP layer
+    python scripts/benchmark.py attention gelu linear matmul   # a part of one layer; linear is the first MLP layer, forward and
+                                                               # backward, matmul its product x @ W alone
     python scripts/benchmark.py skip                           # token skipping: forward at batch 1, 8 and 32, LoRA step at 8
 
 Every contestant is a process of its own that compiles, warms up and then waits for its turn; the rounds go through all of
@@ -34,6 +35,7 @@ TASKS = {  # task: contestants, ours first
     "int8": ("ours", "float", "torch"),  # forward: int8 kernels and dynamic ranges; our own float; torch's dynamic int8
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
+    "linear": ("ours", "autodiff", "torch"),
     "matmul": ("ours", "torch"),
     "input": ("ours", "step"),  # batches of the default run, read and augmented; and the LoRA step that they feed
     **dict.fromkeys(("skip_1", "skip_8", "skip_32", "skip_lora"), ("dense", "prune", "early", "rejoin")),
@@ -191,6 +193,7 @@ def torch_layer(task: str, options: argparse.Namespace) -> Turn:
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     tokens, width, heads, hidden = layer_shape(options)
+    torch.set_default_dtype(getattr(torch, options.dtype))
     if task == "matmul":
         x, kernel = torch.randn(options.batch * tokens, width), torch.randn(width, hidden)
         return lambda: x @ kernel
@@ -198,6 +201,11 @@ def torch_layer(task: str, options: argparse.Namespace) -> Turn:
         x, g = torch.randn(2, options.batch, tokens, hidden)
         x.requires_grad_()
         return lambda: torch.autograd.grad(torch.nn.functional.gelu(x), x, g)
+    if task == "linear":
+        x, kernel = torch.randn(options.batch * tokens, width), torch.randn(width, hidden)
+        x.requires_grad_(), kernel.requires_grad_()
+        g = torch.randn(options.batch * tokens, hidden)
+        return lambda: torch.autograd.grad(x @ kernel, (x, kernel), g)
     qkv = [torch.randn(options.batch, tokens, width).requires_grad_() for _ in range(3)]
     g = torch.randn(options.batch, tokens, width)
 
@@ -214,15 +222,15 @@ def jax_layer(task: str, options: argparse.Namespace, autodiff: bool) -> Turn:
     import jax
     import jax.numpy as jnp
 
-    from vitft_jax import attention, gelu, runtime
+    from vitft_jax import attention, gelu, product, runtime
 
     runtime.start()
     tokens, width, heads, hidden = layer_shape(options)
 
     if task == "matmul":
-        x, kernel = jnp.ones((options.batch * tokens, width)), jnp.ones((width, hidden))
-        product = jax.jit(jnp.matmul)
-        return lambda: jax.block_until_ready(product(x, kernel))
+        x, kernel = (jnp.ones(s, options.dtype) for s in ((options.batch * tokens, width), (width, hidden)))
+        multiply = jax.jit(jnp.matmul)
+        return lambda: jax.block_until_ready(multiply(x, kernel))
 
     def attend(*qkv: Any) -> Any:
         split = [x.reshape(options.batch, tokens, heads, -1) for x in qkv]
@@ -233,10 +241,16 @@ def jax_layer(task: str, options: argparse.Namespace, autodiff: bool) -> Turn:
     def activate(x: Any) -> Any:
         return jax.nn.gelu(x, approximate=False) if autodiff else gelu.gelu(x)
 
-    layer, inputs, channels = (activate, 1, hidden) if task == "gelu" else (attend, 3, width)
-    *x, g = jax.random.normal(
-        jax.random.key(0), (inputs + 1, options.batch, tokens, channels), jnp.dtype(options.dtype)
-    )
+    def linear(x: Any, kernel: Any) -> Any:
+        return x @ kernel if autodiff else product.matmul(x, kernel)
+
+    rows = (options.batch, tokens)
+    layer, *shapes = {
+        "attention": (attend, *[(*rows, width)] * 4),
+        "gelu": (activate, *[(*rows, hidden)] * 2),
+        "linear": (linear, (*rows, width), (width, hidden), (*rows, hidden)),
+    }[task]
+    *x, g = (jax.random.normal(jax.random.key(i), s, jnp.dtype(options.dtype)) for i, s in enumerate(shapes))
 
     @jax.jit
     def both(x: Any, g: Any) -> Any:
@@ -286,7 +300,7 @@ def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
     """The work of one contestant as a function to be timed."""
     if task == "input":
         return default_run(name, options)
-    if task in ("attention", "gelu", "matmul"):
+    if task in ("attention", "gelu", "linear", "matmul"):
         return torch_layer(task, options) if name == "torch" else jax_layer(task, options, name == "autodiff")
     mine = name in ("ours", "float", *SKIP)
     return ours(task, name, options) if mine else torch_peer(task, options, timm=name == "timm")

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from vitft_jax.product import laid, transposed
+
 F32 = jnp.float32
 
 
@@ -38,7 +40,8 @@ def attend(q: Array, k: Array, v: Array, keys: Array | None = None) -> Array:
 
 
 def _forward(q: Array, k: Array, v: Array, keys: Array | None) -> tuple[Array, tuple[Array, ...]]:
-    p = _probabilities(q * q.shape[-1] ** -0.5, k, keys).astype(v.dtype)
+    q, k, v = laid(q), laid(k), laid(v)
+    p = _probabilities(laid(q * q.shape[-1] ** -0.5), k, keys).astype(v.dtype)
     out = jnp.einsum("bhnm,bhmd->bhnd", p, v)
     return out, (q, k, v, p, out)
 
@@ -46,13 +49,14 @@ def _forward(q: Array, k: Array, v: Array, keys: Array | None) -> tuple[Array, t
 def _backward(residuals: tuple[Array, ...], g: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, p, out = residuals
     scale = q.shape[-1] ** -0.5
-    dv = jnp.einsum("bhdn,bhnm->bhdm", g.swapaxes(2, 3), p).swapaxes(2, 3)
+    g = laid(g)
+    dv = jnp.einsum("bhdn,bhnm->bhdm", transposed(g), p).swapaxes(2, 3)
     dp = jnp.einsum("bhnd,bhmd->bhnm", g, v, preferred_element_type=F32)
     # Row sums of p * dp, from the output instead of the large matrices (Dao et al. 2022, FlashAttention, eq. 4).
     delta = jnp.sum(g.astype(F32) * out.astype(F32), axis=-1, keepdims=True)
     ds = (p * (dp - delta)).astype(q.dtype)
-    dq = jnp.einsum("bhnm,bhmd->bhnd", ds, k * scale)
-    dk = jnp.einsum("bhdn,bhnm->bhdm", (q * scale).swapaxes(2, 3), ds).swapaxes(2, 3)
+    dq = jnp.einsum("bhnm,bhmd->bhnd", ds, laid(k * scale))
+    dk = jnp.einsum("bhdn,bhnm->bhdm", transposed(q * scale), ds).swapaxes(2, 3)
     return dq, dk, dv, None
 
 

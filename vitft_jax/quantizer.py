@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from vitft_jax.product import input_gradient, kernel_gradient
+
 F32 = jnp.float32
 Product = Callable[[Array, Array], Array]
 
@@ -86,7 +88,7 @@ def _forward(x: Array, kernel: Quantised, bound: Array | None, weight_only: bool
 
 def _to_input(dy: Array, x: Array, kernel: Quantised, bound: Array | None) -> Array:
     """Gradient by x: dy times the transposed kernel; nothing passes where a static range saturates."""
-    dx = (dy * kernel.scale.astype(dy.dtype)) @ kernel.values.astype(dy.dtype).T
+    dx = input_gradient(dy * kernel.scale.astype(dy.dtype), kernel.values.astype(dy.dtype))
     return dx if bound is None else jnp.where(jnp.abs(x) <= bound, dx, 0)
 
 
@@ -143,9 +145,8 @@ def trained_product(bits: int = 8, weight_only: bool = False) -> Product:
     def backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
         x, kernel = residuals
         seen = x if weight_only else fake(x).astype(dy.dtype)
-        rows = seen.reshape(-1, x.shape[-1])
-        dkernel = rows.T @ dy.reshape(rows.shape[0], -1)
-        return _to_input(dy, x, quantise_kernel(kernel, bits), None).astype(x.dtype), dkernel.astype(kernel.dtype)
+        dx = _to_input(dy, x, quantise_kernel(kernel, bits), None)
+        return dx.astype(x.dtype), kernel_gradient(seen, dy).astype(kernel.dtype)
 
     product.defvjp(forward, backward)
     return product

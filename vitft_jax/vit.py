@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 from jax import Array
 
-from vitft_jax import attention
+from vitft_jax import attention, product
 from vitft_jax.gelu import gelu
 
 DotGeneralCls = Callable[[], Callable[..., Array]]
@@ -56,7 +56,7 @@ def _dense(module: nn.Module, features: int, name: str) -> nn.Dense:
         dtype=module.dtype,
         kernel_init=_INIT,
         promote_dtype=_promote,
-        dot_general_cls=module.dot_general_cls,
+        dot_general_cls=module.dot_general_cls or (lambda: product.dot_general),
         name=name,
     )
 
@@ -195,7 +195,7 @@ class ViT(nn.Module):
             'cls+mean' (concatenated).
         eps: LayerNorm epsilon: 1e-12 for Hugging Face's ViT and DeiT, 1e-6 elsewhere.
         dtype: Compute dtype.
-        dot_general_cls: Constructor of the product in every linear layer; None is `lax.dot_general`.
+        dot_general_cls: Constructor of the product in every linear layer; None is `product.dot_general`.
         select: Token selector; None keeps all tokens.
     """
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import optax
-from jax import Array, lax
+from jax import Array
 
+from vitft_jax import product
 from vitft_jax.errors import InputError, nearest
 
 Variables = Mapping[str, Any]
@@ -60,7 +61,7 @@ class Method:
     @property
     def dot_general_cls(self) -> DotGeneralCls | None:
         """The constructor for `vit.ViT`; None where the method leaves the products alone."""
-        return self.dot(lambda: lax.dot_general) if self.dot else None
+        return self.dot(lambda: product.dot_general) if self.dot else None
 
 
 def stack(methods: Sequence[Method]) -> Method:

@@ -30,6 +30,7 @@ from jax import Array, lax
 from vitft_jax import tree
 from vitft_jax.errors import InputError
 from vitft_jax.methods import DotGeneralCls, Method, Variables, lora
+from vitft_jax.product import matmul
 
 COLLECTION = "adalora"
 IMPORTANCE_AT = ("post", "pre")
@@ -87,8 +88,8 @@ class AdaLoraDot(nn.Module):
         q = self.variable(COLLECTION, "q", lambda: _init_pq(self.make_rng("params"), (kernel.shape[0], r))).value
         lam = self.variable(COLLECTION, "lam", lambda: jnp.zeros(r)).value
         p = self.variable(COLLECTION, "p", lambda: _init_pq(self.make_rng("params"), (r, kernel.shape[1]))).value
-        low = (x @ q.astype(x.dtype)) * (self.settings.scale * lam).astype(x.dtype)
-        return y + low @ p.astype(x.dtype)
+        low = matmul(x, q.astype(x.dtype)) * (self.settings.scale * lam).astype(x.dtype)
+        return y + matmul(low, p.astype(x.dtype))
 
 
 def layers(collection: tree.Tree) -> dict[str, dict[str, Array]]:

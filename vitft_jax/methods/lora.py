@@ -22,6 +22,7 @@ from jax import Array
 from vitft_jax import tree
 from vitft_jax.errors import InputError
 from vitft_jax.methods import DotGeneralCls, Method, Variables
+from vitft_jax.product import matmul
 
 COLLECTION = "lora"
 TARGETS = {
@@ -103,7 +104,7 @@ class LoraDot(nn.Module):
     def low(self, x: Array, a: Array, b: Array) -> Array:
         """The output of the adapter, s (x A) B, in the dtype of x."""
         # Scaling the thin product costs (tokens x r), scaling the sum would cost (tokens x out).
-        return (x @ a.astype(x.dtype)) * self.settings.scale(self.rank) @ b.astype(x.dtype)
+        return matmul(matmul(x, a.astype(x.dtype)) * self.settings.scale(self.rank), b.astype(x.dtype))
 
 
 def delta(adapter: dict[str, Array], settings: Settings) -> Array:
