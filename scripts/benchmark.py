@@ -27,12 +27,21 @@ from importlib import metadata
 from typing import Any
 
 CLASSES, LEARNING_RATE, RANK, ALPHA = 3, 1e-4, 8, 16.0
+ADALORA = {"init_r": 12, "target_r": 8, "lora_alpha": 24}
+STEPS = 10_000  # length of the run that a step is taken from: in AdaLoRA's, ranks begin to fall after a tenth
 WARM_UP = 4
 TASKS = {  # task: contestants, ours first
     "forward": ("ours", "transformers", "timm"),
     "lora": ("ours", "peft"),
     "full": ("ours", "transformers"),
-    "int8": ("ours", "float", "torch"),  # forward: int8 kernels and dynamic ranges; our own float; torch's dynamic int8
+    "adalora": ("ours", "lora", "peft"),  # step, all with rank 12 on query, key and value
+    "int8": (
+        "ours",
+        "float",
+        "torch",
+        "onnx",
+    ),  # forward: int8 kernels, dynamic ranges; our own float; the peers' dynamic int8
+    "int8_lora": ("ours", "float"),  # LoRA step over an int8 and over a float base
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
     "linear": ("ours", "autodiff", "torch"),
@@ -68,10 +77,14 @@ def our_model(task: str, name: str, options: argparse.Namespace) -> tuple[Any, A
     config = configs.default()
     overrides = SKIP.get(name, ())
     configs.override(config, overrides)
-    first = {"int8": ("quant",)}.get(task, ()) if name == "ours" else ()
-    config.methods = first + ("lora",) * task.endswith("lora") + ("skip",) * bool(overrides)
+    first = ("quant",) * (task.startswith("int8") and name == "ours")
+    adapter = ("adalora",) if task == "adalora" and name == "ours" else ("lora",) * task.endswith("lora")
+    config.methods = first + adapter + ("skip",) * bool(overrides)
     config.quant.base = "int8"
     config.lora.rank, config.lora.alpha, config.train.lr = RANK, ALPHA, LEARNING_RATE
+    if task == "adalora":
+        config.lora.rank, config.lora.alpha, config.lora.targets = ADALORA["init_r"], ADALORA["lora_alpha"], "qkv"
+        config.adalora.init_r, config.adalora.target_r = ADALORA["init_r"], ADALORA["target_r"]
     method = methods.load(config)
     model = vit.ViT(
         **vit.VARIANTS[options.model],
@@ -96,8 +109,10 @@ def ours(task: str, name: str, options: argparse.Namespace) -> Turn:
     size = options.size
     variables = method.prepare(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3))))
     trains = "." if task == "full" else "head"
-    trainable, frozen = tree.split(variables, lambda name: name.startswith("lora") or trains in name or trains == ".")
-    program = step.Program(model, method, optim.optimizer(config, method, 10_000), (0.5,) * 3, (0.5,) * 3)
+    trainable, frozen = tree.split(
+        variables, lambda name: name.startswith(method.collections) or trains in name or trains == "."
+    )
+    program = step.Program(model, method, optim.optimizer(config, method, STEPS), (0.5,) * 3, (0.5,) * 3)
     rows = batch_of(task, options)
     images = np.random.default_rng(0).integers(0, 255, (rows, size, size, 3), np.uint8)
     if task in ("forward", "int8", *FAMILIES["skip"][:3]):
@@ -112,8 +127,8 @@ def ours(task: str, name: str, options: argparse.Namespace) -> Turn:
     return turn
 
 
-def torch_peer(task: str, options: argparse.Namespace, timm: bool = False) -> Turn:
-    """The same work by transformers (with PEFT for LoRA) or timm."""
+def torch_peer(task: str, name: str, options: argparse.Namespace) -> Turn:
+    """The same work by transformers (with PEFT for adapters), timm or ONNX Runtime."""
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -121,10 +136,10 @@ def torch_peer(task: str, options: argparse.Namespace, timm: bool = False) -> Tu
     from vitft_jax.vit import VARIANTS
 
     shape = VARIANTS[options.model]
-    if timm:
-        import timm as library
+    if name == "timm":
+        import timm
 
-        model = library.create_model(f"{options.model}_{options.size}", num_classes=CLASSES)
+        model = timm.create_model(f"{options.model}_{options.size}", num_classes=CLASSES)
     else:
         from transformers import ViTConfig, ViTForImageClassification
 
@@ -146,14 +161,31 @@ def torch_peer(task: str, options: argparse.Namespace, timm: bool = False) -> Tu
             model,
             LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
         )
+    if task == "adalora":
+        from peft import AdaLoraConfig, get_peft_model
+
+        targets, warm, last = ["q_proj", "k_proj", "v_proj"], STEPS // 10, STEPS // 5 * 2
+        model = get_peft_model(
+            model,
+            AdaLoraConfig(
+                **ADALORA,
+                target_modules=targets,
+                tinit=warm,
+                tfinal=last,
+                total_step=STEPS,
+                modules_to_save=["classifier"],
+            ),
+        )
     images = torch.randn(options.batch, 3, options.size, options.size)
     labels = torch.arange(options.batch) % CLASSES
     cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.dtype == "bfloat16")
 
     def logits() -> Any:
         out = model(images)
-        return out if timm else out.logits
+        return out if name == "timm" else out.logits
 
+    if name == "onnx":
+        return onnx_peer(model.eval(), images)
     if task == "int8":
         model = torch.ao.quantization.quantize_dynamic(model.eval(), {torch.nn.Linear}, dtype=torch.qint8)
     if task in ("forward", "int8"):
@@ -167,16 +199,43 @@ def torch_peer(task: str, options: argparse.Namespace, timm: bool = False) -> Tu
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.01)
+    done = 0
 
     def turn() -> None:
+        nonlocal done
         optimizer.zero_grad(set_to_none=True)
         with cast:
-            loss = torch.nn.functional.cross_entropy(logits().float(), labels)
+            if task == "adalora":  # called past the outer model, which has no penalty for images
+                loss = model.base_model(images, labels=labels).loss
+            else:
+                loss = torch.nn.functional.cross_entropy(logits().float(), labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
+        if task == "adalora":
+            model.base_model.update_and_allocate(done)
+            done += 1
 
     return turn
+
+
+def onnx_peer(model: Any, images: Any) -> Turn:
+    """The torch model exported to ONNX and quantised dynamically by ONNX Runtime, with its defaults."""
+    import tempfile
+    from pathlib import Path
+
+    import onnxruntime
+    import torch
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    folder = Path(tempfile.mkdtemp())
+    torch.onnx.export(model, (images,), folder / "float.onnx", dynamo=False)
+    quantize_dynamic(folder / "float.onnx", folder / "int8.onnx", weight_type=QuantType.QInt8, per_channel=True)
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = len(os.sched_getaffinity(0))
+    session = onnxruntime.InferenceSession(folder / "int8.onnx", settings, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: images.numpy()}
+    return lambda: session.run(None, feed)
 
 
 def layer_shape(options: argparse.Namespace) -> tuple[int, int, int, int]:
@@ -302,8 +361,8 @@ def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
         return default_run(name, options)
     if task in ("attention", "gelu", "linear", "matmul"):
         return torch_layer(task, options) if name == "torch" else jax_layer(task, options, name == "autodiff")
-    mine = name in ("ours", "float", *SKIP)
-    return ours(task, name, options) if mine else torch_peer(task, options, timm=name == "timm")
+    mine = name in ("ours", "float", "lora", *SKIP)
+    return ours(task, name, options) if mine else torch_peer(task, name, options)
 
 
 def serve(task: str, name: str, options: argparse.Namespace) -> None:
@@ -312,7 +371,7 @@ def serve(task: str, name: str, options: argparse.Namespace) -> None:
 
     turn = contestant(task, name, options)
     turn()
-    if name in ("ours", *SKIP):
+    if name in ("ours", "float", "lora", *SKIP):
         from vitft_jax import runtime
 
         runtime.release()  # as train.py does after its first step
@@ -416,7 +475,9 @@ def main() -> None:
     if options.serve:
         return serve(options.tasks[0], options.serve, options)
 
-    versions = {name: metadata.version(name) for name in ("jax", "torch", "transformers", "peft", "timm")}
+    versions = {
+        name: metadata.version(name) for name in ("jax", "torch", "transformers", "peft", "timm", "onnxruntime")
+    }
     from vitft_jax.report import cpu
 
     print(f"{options.model}, {options.size} px, batch {options.batch}, {options.dtype}; {cpu()}")
