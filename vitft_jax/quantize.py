@@ -42,6 +42,7 @@ class Options:
         recipe: Stages.
         bits: Of kernels, 8 or 4.
         weight_only: Leaves activations in float.
+        attention: Also the products of attention in int8.
         skip_layers: Regex on paths of linear layers that stay in float; '' for none.
         images: Calibration images.
         max_drop: Percentage points that the first metric (accuracy) may fall on the validation split: the most sensitive
@@ -52,6 +53,7 @@ class Options:
     recipe: Recipe = field(default_factory=Recipe)
     bits: int = 8
     weight_only: bool = False
+    attention: bool = False
     skip_layers: str = "^(embed|head)"
     images: int = 128
     max_drop: float | None = None
@@ -69,9 +71,9 @@ class Source:
     trainable: Any
     step: int
 
-    def outputs(self, split: str) -> Outputs:
+    def outputs(self, dataset: data.Dataset, split: str) -> Outputs:
         """What the float model says about a split."""
-        return outputs(self.built.program, self.trainable, self.built.frozen, self.dataset, split, self.config)
+        return outputs(self.built.program, self.trainable, self.built.frozen, dataset, split, self.config)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
     config = _config(source.config, options)
     settings = quant.settings_of(config)
     params = source.built.program.method.merge(tree.join(source.trainable, source.built.frozen))["params"]
-    plain = replace(source.built.program, model=source.built.program.model.clone(dot_general_cls=None))
+    model = source.built.program.model.clone(dot_general_cls=None, attend=None)
+    plain = replace(source.built.program, model=model)
 
     calibration = _subset(source.dataset, options.images, source.config.seed)
     count = len(calibration.indices("train"))
@@ -119,12 +122,12 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
     weakest = min(told, key=lambda path: told[path]["snr_db"])
     print(f"{len(layers)} layers; lowest signal-to-noise {told[weakest]['snr_db']:.1f} dB at {weakest}", flush=True)
 
-    program = simulate.program(plain, layers, settings.static, settings.weight_only)
+    program = simulate.program(plain, layers, settings)
     simulation = Simulation(program, params, layers, settings.weight_only, source.config)
     if options.sensitivity_images:
         for path, value in _sensitivity(source, simulation, options.sensitivity_images).items():
             told[path]["sensitivity"] = value
-    before = {split: source.outputs(split) for split in ("val", "test")}
+    before = {split: source.outputs(source.dataset, split) for split in ("val", "test")}
 
     part = output.with_name(output.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of a command that was killed
@@ -218,6 +221,7 @@ def _config(config: Config, options: Options) -> Config:
     new.quant.update(
         bits=options.bits,
         weight_only=options.weight_only,
+        attention=options.attention,
         static=bool(options.recipe.static),
         base="int8",
         skip_layers=options.skip_layers,
@@ -255,7 +259,7 @@ def _sensitivity(source: Source, simulation: Simulation, count: int) -> dict[str
         p = simulation.outputs(dataset, "train", in_float).probabilities
         return simulate.divergence(exact.probabilities, p, dataset.multilabel)
 
-    exact = simulation.outputs(dataset, "train", list(simulation.layers))
+    exact = source.outputs(dataset, "train")
     whole, values = divergence([]), {}
     for i, path in enumerate(simulation.layers, 1):
         values[path] = whole - divergence([path])
@@ -369,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--static", default="", help="static ranges: mse, max or a percentile (default: per token)")
     arguments.add_argument("--bits", type=int, default=default.bits, help="of kernels, 8 or 4 (default: %(default)s)")
     arguments.add_argument("--weight_only", action="store_true", help="activations stay in float")
+    arguments.add_argument("--attention", action="store_true", help="also the products of attention in int8")
     arguments.add_argument(
         "--skip_layers", default=default.skip_layers, help="regex on layers that stay in float (default: %(default)s)"
     )
@@ -383,7 +388,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     f = arguments.parse_args(argv)
     recipe = Recipe(f.smooth, f.clip, f.correct, f.static)
-    options = Options(recipe, f.bits, f.weight_only, f.skip_layers, f.images, f.max_drop, f.sensitivity_images)
+    options = Options(
+        recipe, f.bits, f.weight_only, f.attention, f.skip_layers, f.images, f.max_drop, f.sensitivity_images
+    )
     quantize(f.workdir, f.output, options)
 
 

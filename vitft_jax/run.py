@@ -136,6 +136,7 @@ def build(
         classes=len(dataset.classes),
         dtype=jnp.dtype(config.dtype),
         dot_general_cls=method.dot_general_cls,
+        attend=method.attend,
         select=method.select,
     )
     method.check(model, (size // model.patch) ** 2)

@@ -12,7 +12,8 @@ Two kinds of base, by ``quant.base``:
 AQT differentiates its training products only, not its products with stored integers, so the second kind is our own
 `quantizer.frozen_product`. All that comes from AQT is `trained_product`; `quantizer.trained_product` is the same in plain JAX.
 
-The head and the patch embedding stay in float by default, and LayerNorm, softmax and GELU always do.
+With ``quant.attention`` the two products of attention are int8 too (`quantized_attention`), in either kind. The head and the
+patch embedding stay in float by default, and LayerNorm, softmax and GELU always do.
 """
 
 import re
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from aqt.jax.v2 import config as aqt
 from jax import Array
 
-from vitft_jax import quantizer, tree
+from vitft_jax import quantized_attention, quantizer, tree
 from vitft_jax.errors import InputError
 from vitft_jax.methods import DotGeneralCls, Method, Variables
 from vitft_jax.quantizer import Product, Quantised
@@ -43,6 +44,7 @@ class Settings:
         bits: Of kernels, 8 or 4; activations have 8.
         weight_only: Leaves activations in float.
         static: One range per layer, calibrated beforehand, instead of one per token.
+        attention: Also the products of attention.
         base: See the module.
         skip_layers: Regex on paths of linear layers that stay in float; '' for none.
     """
@@ -50,6 +52,7 @@ class Settings:
     bits: int = 8
     weight_only: bool = False
     static: bool = False
+    attention: bool = False
     base: str = "float"
     skip_layers: str = "^(embed|head)"
 
@@ -175,11 +178,15 @@ def settings_of(config: Any) -> Settings:
         raise InputError(f"quant.base={c.base!r}: one of {', '.join(map(repr, BASES))}")
     if c.static and (c.weight_only or c.base == "float"):
         raise InputError("quant.static=True: static ranges are for quant.base='int8' and quant.weight_only=False")
+    if c.attention and c.weight_only:
+        raise InputError(
+            "quant.attention=True: its products are of activations, which quant.weight_only leaves in float"
+        )
     try:
         re.compile(c.skip_layers)
     except re.error as error:
         raise InputError(f"quant.skip_layers={c.skip_layers!r}: no regex: {error}") from None
-    return Settings(c.bits, c.weight_only, c.static, c.base, c.skip_layers)
+    return Settings(c.bits, c.weight_only, c.static, c.attention, c.base, c.skip_layers)
 
 
 def method(config: Any) -> Method:
@@ -193,6 +200,7 @@ def method(config: Any) -> Method:
     settings = settings_of(config)
     return Method(
         dot=lambda base: partial(QuantDot, settings, base, name="quant"),
+        attend=quantized_attention.attend if settings.attention else None,
         prepare=partial(prepare, settings=settings, trainable=config.train.trainable),
         merge=merge,
     )
