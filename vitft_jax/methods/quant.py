@@ -5,12 +5,14 @@
 Two kinds of base, by ``quant.base``:
 
 - 'float', quantisation-aware training: kernels stay float32 and are quantised anew in every forward pass, by AQT; gradients
-  are those of the quantised product, straight through the rounding.
+  are those of the quantised product, straight through the rounding. With ``quant.static`` the ranges of activations are
+  calibrated before step 0, and stay.
 - 'int8': kernels that do not train are int8 arrays in `params` themselves, with their scales in the collection `quant`, so
   no float copy of them exists. Adapters train in float beside them. `vitft_jax.quantize` writes runs of this kind.
 
 AQT differentiates its training products only, not its products with stored integers, so the second kind is our own
-`quantizer.frozen_product`. All that comes from AQT is `trained_product`; `quantizer.trained_product` is the same in plain JAX.
+`quantizer.frozen_product`. All that comes from AQT is the forward pass of `trained_product`: its backward pass reads operands
+along columns, see `product`. `quantizer.trained_product` is the same in plain JAX.
 
 With ``quant.attention`` the two products of attention are int8 too (`quantized_attention`), in either kind. The head and the
 patch embedding stay in float by default, and LayerNorm, softmax and GELU always do.
@@ -25,6 +27,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from aqt.jax.v2 import config as aqt
+from aqt.jax.v2.calibration import ConstantCalibration
 from jax import Array
 
 from vitft_jax import quantized_attention, quantizer, tree
@@ -63,18 +66,20 @@ class Settings:
 
 @cache
 def trained_product(bits: int, weight_only: bool) -> Product:
-    """AQT's product that quantises both sides anew, as `quantizer.trained_product`."""
-    c = aqt.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None)  # gradients are float products
-    aqt.set_bits(c, None if weight_only else 8, bits, None, None, None, None)
-    aqt.set_stochastic_rounding(c, False, False, "jax.uniform")
-    aqt.set_scale_and_bias_dtype(c, jnp.float32)
-    # Without this the gradients would be those of the product in float. An unquantised side has no scale to reuse.
-    aqt.set_use_fwd_quant(c, True, not weight_only)
+    """`quantizer.trained_product` with AQT's forward pass."""
 
-    def product(x: Array, kernel: Array) -> Array:
+    def multiply(x: Array, kernel: Array, bound: Array | None) -> Array:
+        c = aqt.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None)
+        aqt.set_bits(c, None if weight_only else 8, bits, None, None, None, None)
+        aqt.set_stochastic_rounding(c, False, False, "jax.uniform")
+        aqt.set_scale_and_bias_dtype(c, jnp.float32)
+        if bound is not None:
+            # AQT asks for a scale of the rank of x, and would take 0 for a range.
+            largest = jnp.where(bound == 0, 1.0, bound).reshape((1,) * x.ndim)
+            c.fwd.dg_quantizer.lhs.calibration = partial(ConstantCalibration, bound=largest)
         return c(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
-    return product
+    return quantizer.trained_product(bits, weight_only, multiply)
 
 
 class QuantDot(nn.Module):

@@ -1,6 +1,7 @@
 """The quantised model in float arithmetic, where each layer can be switched back to float without compiling anew.
 
-For asking many times which layers to quantise; int8 attention has no switch. In float32 it is the int8 model, as long as sums of products stay below 2^24.
+For asking many times which layers to quantise; int8 attention has no switch. In float32 it is the int8 model, as long as
+sums of products stay below 2^24.
 """
 
 from collections.abc import Collection, Mapping
