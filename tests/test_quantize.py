@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from support import TINY, integer_dots
 
+from vitft_jax import calibration, evaluate, quantize, quantized_attention, run, step, train, tree, vit
 from vitft_jax import config as configs
-from vitft_jax import evaluate, quantize, quantized_attention, run, step, train, tree, vit
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
 from vitft_jax.ptq import observe
@@ -164,7 +164,7 @@ def test_bad_flags(trained, tmp_path, monkeypatch, flags, message):
 def test_output_that_exists_and_too_few_images(trained, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="exists already"):
         quantize.quantize(trained, trained, FAST)
-    monkeypatch.setattr(quantize, "FEWEST", 19)
+    monkeypatch.setattr(calibration, "FEWEST", 19)
     with pytest.raises(InputError, match="18 calibration images"):
         quantize.quantize(trained, tmp_path / "int8", FAST)
     shutil.copytree(trained, tmp_path / "untrained", ignore=shutil.ignore_patterns("checkpoints", "summary.json"))

@@ -10,8 +10,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitft_jax import cli, data, methods, metrics, report, run, runtime, tree
+from vitft_jax import calibration, cli, data, methods, metrics, report, run, runtime, tree
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
 from vitft_jax.evaluate import Outputs, evaluate_split, outputs
 from vitft_jax.methods import quant
-from vitft_jax.ptq import observe, simulate
+from vitft_jax.ptq import simulate
 from vitft_jax.ptq.recipe import Recipe
 from vitft_jax.ptq.recipe import run as quantise
 from vitft_jax.ptq.simulate import Layer
 from vitft_jax.step import Program, State
-
-FEWEST = 16  # calibration images
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Options:
     weight_only: bool = False
     attention: bool = False
     skip_layers: str = "^(embed|head)"
-    images: int = 128
+    images: int = calibration.IMAGES
     max_drop: float | None = None
     sensitivity_images: int = 32
 
@@ -105,17 +103,11 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
     config = _config(source.config, options)
     settings = quant.settings_of(config)
     params = source.built.program.method.merge(tree.join(source.trainable, source.built.frozen))["params"]
-    model = source.built.program.model.clone(dot_general_cls=None, attend=None)
-    plain = replace(source.built.program, model=model)
+    plain = calibration.plain(source.built.program)
 
-    calibration = _subset(source.dataset, options.images, source.config.seed)
-    count = len(calibration.indices("train"))
-    if count < FEWEST:
-        raise InputError(
-            f"{count} calibration images (--images, from the training split): at least {FEWEST} are needed"
-        )
-    print(f"{workdir}, step {source.step}: calibrating on {count} training images", flush=True)
-    seen = observe.observe(plain.model, params, _normalised(calibration, source.config, plain), count)
+    chosen = calibration.subset(source.dataset, options.images, source.config.seed)
+    print(f"{workdir}, step {source.step}: calibrating on {len(chosen.indices('train'))} training images", flush=True)
+    seen = calibration.see(plain, params, chosen, source.config)
     params, layers, told = quantise(params, seen, settings, options.recipe)
     if not layers:
         raise InputError(f"--skip_layers {options.skip_layers!r} skips every linear layer: nothing is quantised")
@@ -153,7 +145,7 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
             "method": {
                 "source": str(workdir.resolve()),
                 "options": asdict(options),
-                "calibration_images": count,
+                "calibration_images": len(chosen.indices("train")),
                 "float_layers": in_float,
                 "val_drop": drop,
                 "compared": comparison,
@@ -189,9 +181,10 @@ def _check(output: Path, options: Options) -> None:
             f"--max_drop {options.max_drop} with --sensitivity_images {options.sensitivity_images}: the limit is at least "
             "0, and which layers are sensitive must be measured"
         )
-    if options.images < FEWEST or options.sensitivity_images < 0:
+    if options.images < calibration.FEWEST or options.sensitivity_images < 0:
         raise InputError(
-            f"--images {options.images} --sensitivity_images {options.sensitivity_images}: at least {FEWEST} and 0"
+            f"--images {options.images} --sensitivity_images {options.sensitivity_images}: at least "
+            f"{calibration.FEWEST} and 0"
         )
 
 
@@ -229,31 +222,9 @@ def _config(config: Config, options: Options) -> Config:
     return new
 
 
-def _subset(dataset: data.Dataset, count: int, seed: int) -> data.Dataset:
-    """The dataset with `count` images of its training split, drawn by the seed, or all if there are fewer."""
-    train = dataset.indices("train")
-    chosen = set(np.random.default_rng(seed).permutation(train)[:count].tolist())
-    return replace(dataset, splits=tuple("train" if i in chosen else "" for i in range(len(dataset))))
-
-
-def _normalised(dataset: data.Dataset, config: Config, program: Program) -> Iterator[jax.Array]:
-    """Images of the training split as the model takes them, `(b, S, S, 3)`."""
-    batches = data.eval_batches(
-        dataset,
-        "train",
-        batch_size=config.train.batch_size,
-        image_size=config.data.image_size,
-        fit=config.data.fit,
-        workers=config.data.workers,
-    )
-    for batch in batches:
-        images = jnp.asarray(batch["image"][batch["mask"] > 0], jnp.float32) / 255
-        yield (images - jnp.asarray(program.mean)) / jnp.asarray(program.std)
-
-
 def _sensitivity(source: Source, simulation: Simulation, count: int) -> dict[str, float]:
     """How much the divergence of the outputs from the float model falls when one layer alone stays in float, by path."""
-    dataset = _subset(source.dataset, count, source.config.seed)
+    dataset = calibration.subset(source.dataset, count, source.config.seed)
 
     def divergence(in_float: Sequence[str]) -> float:
         p = simulation.outputs(dataset, "train", in_float).probabilities

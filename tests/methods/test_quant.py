@@ -225,7 +225,7 @@ def test_in_bfloat16_the_output_of_a_layer_is_bfloat16_and_the_logits_are_close(
         ({"bits": 7}, "quant.bits=7: 8 or 4"),
         ({"base": "int4"}, "quant.base='int4': one of 'float', 'int8'"),
         ({"skip_layers": "("}, "no regex"),
-        ({"static": True}, "static ranges are for quant.base='int8'"),
+        ({"static": True, "weight_only": True}, "quant.static=True"),
         ({"attention": True, "weight_only": True}, "quant.attention=True"),
         ({"static": True, "base": "int8"}, "no ranges were calibrated"),
         ({"base": "int8", "skip_layers": "."}, "skips every linear layer"),

@@ -28,9 +28,13 @@ class Method:
 
     Attributes:
         collections: Variable collections that train, beside the chosen part of `params`.
+        ranges: Variable collections of calibrated numbers: kept in checkpoints beside what trains, without a gradient. They
+            are NaN until `calibrate`, and a model with NaN there is refused.
         dot: Wraps the constructor of the product in a linear layer: ``dot(base)() (x, kernel, dimensions)``.
         attend: Attention between the projections, in the place of `attention.attend`; None leaves it alone.
         prepare: Rewrites the variables once, before step 0, such as to initialise an adapter from the kernels.
+        calibrate: ``calibrate(variables, seen)`` fills `ranges` before step 0 from what the linear layers of the float model
+            see on training images, `ptq.observe.Seen` by path.
         select: Token selector (`vit.Select`), or None.
         phases: ``phases(total_steps)``: selectors in its place early in training, each with the step at which it ends, in
             order. Each compiles a step of its own.
@@ -48,9 +52,11 @@ class Method:
     """
 
     collections: tuple[str, ...] = ()
+    ranges: tuple[str, ...] = ()
     dot: Callable[[DotGeneralCls], DotGeneralCls] | None = None
     attend: Attend | None = None
     prepare: Callable[[Variables], Variables] = lambda variables: variables
+    calibrate: Callable[[Variables, Mapping[str, Any]], Variables] = lambda variables, seen: variables
     select: Any = None
     phases: Callable[[int], Sequence[tuple[int, Any]]] = lambda total_steps: ()
     check: Callable[[Any, int], None] = lambda model, patches: None
@@ -95,6 +101,11 @@ def stack(methods: Sequence[Method]) -> Method:
             variables = m.prepare(variables)
         return variables
 
+    def calibrate(variables: Variables, seen: Mapping[str, Any]) -> Variables:
+        for m in methods:
+            variables = m.calibrate(variables, seen)
+        return variables
+
     def wrap_tx(tx: optax.GradientTransformation, total_steps: int) -> optax.GradientTransformation:
         for m in methods:
             tx = m.wrap_tx(tx, total_steps)
@@ -111,9 +122,11 @@ def stack(methods: Sequence[Method]) -> Method:
 
     return Method(
         collections=tuple(name for m in methods for name in m.collections),
+        ranges=tuple(name for m in methods for name in m.ranges),
         dot=dot if dots else None,
         attend=attends[0] if attends else None,
         prepare=prepare,
+        calibrate=calibrate,
         select=selectors[0].select if selectors else None,
         phases=selectors[0].phases if selectors else lambda total_steps: (),
         check=check,

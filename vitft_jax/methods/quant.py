@@ -19,7 +19,7 @@ patch embedding stay in float by default, and LayerNorm, softmax and GELU always
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -33,6 +33,8 @@ from jax import Array
 from vitft_jax import quantized_attention, quantizer, tree
 from vitft_jax.errors import InputError
 from vitft_jax.methods import DotGeneralCls, Method, Variables
+from vitft_jax.ptq import ranges
+from vitft_jax.ptq.observe import Seen
 from vitft_jax.quantizer import Product, Quantised
 
 COLLECTION = "quant"
@@ -46,7 +48,7 @@ class Settings:
     Attributes:
         bits: Of kernels, 8 or 4; activations have 8.
         weight_only: Leaves activations in float.
-        static: One range per layer, calibrated beforehand, instead of one per token.
+        static: One range per layer, calibrated before step 0 or by `vitft_jax.quantize`, instead of one per token.
         attention: Also the products of attention.
         base: See the module.
         skip_layers: Regex on paths of linear layers that stay in float; '' for none.
@@ -94,10 +96,10 @@ class QuantDot(nn.Module):
         s = self.settings
         if not s.converts(layer_of("/".join(self.path))):
             return self.base()(x, kernel, dimensions, **kwargs)
-        if s.base == "float":
-            return trained_product(s.bits, s.weight_only)(x, kernel)
-        scale = self.variable(COLLECTION, "scale", jnp.ones, kernel.shape[1]).value
         bound = self.variable(COLLECTION, "bound", partial(jnp.full, (), jnp.nan)).value if s.static else None
+        if s.base == "float":
+            return trained_product(s.bits, s.weight_only)(x, kernel, bound)
+        scale = self.variable(COLLECTION, "scale", jnp.ones, kernel.shape[1]).value
         if self.is_initializing():  # the kernel is still float
             return self.base()(x, kernel, dimensions, **kwargs)
         return quantizer.frozen_product(x, Quantised(kernel, scale), bound, s.weight_only)
@@ -141,7 +143,7 @@ def prepare(variables: Variables, settings: Settings, trainable: str) -> Variabl
     if settings.static:
         raise InputError(
             "quant.static=True: no ranges were calibrated for this model. `python -m vitft_jax.quantize --static` "
-            "calibrates a trained run; to train, use quant.static=False"
+            "calibrates a trained run; to train, use quant.static=False or quant.base='float'"
         )
     paths = layers(variables)
     if not paths:
@@ -157,6 +159,17 @@ def prepare(variables: Variables, settings: Settings, trainable: str) -> Variabl
         variables,
         {path: quantizer.quantise_kernel(jnp.asarray(params[f"{path}/kernel"]), settings.bits) for path in paths},
     )
+
+
+def calibrate(variables: Variables, seen: Mapping[str, Seen]) -> Variables:
+    """Gives every static range of a float base the value with the least squared error (`ptq.ranges.least_error`)."""
+
+    def bound(name: str, leaf: Array) -> Array:
+        return ranges.least_error(seen[layer_of(name.removesuffix("/bound"))])
+
+    if COLLECTION not in variables:  # nothing is quantised
+        return variables
+    return {**variables, COLLECTION: tree.map_named(bound, variables[COLLECTION])}
 
 
 def merge(variables: Variables) -> Variables:
@@ -181,8 +194,8 @@ def settings_of(config: Any) -> Settings:
         raise InputError(f"quant.bits={c.bits}: 8 or 4")
     if c.base not in BASES:
         raise InputError(f"quant.base={c.base!r}: one of {', '.join(map(repr, BASES))}")
-    if c.static and (c.weight_only or c.base == "float"):
-        raise InputError("quant.static=True: static ranges are for quant.base='int8' and quant.weight_only=False")
+    if c.static and c.weight_only:
+        raise InputError("quant.static=True: ranges are of activations, which quant.weight_only leaves in float")
     if c.attention and c.weight_only:
         raise InputError(
             "quant.attention=True: its products are of activations, which quant.weight_only leaves in float"
@@ -203,9 +216,12 @@ def method(config: Any) -> Method:
     if config.methods[0] != "quant":
         raise InputError(f"config.methods={config.methods}: 'quant' comes first, since others add to its product")
     settings = settings_of(config)
+    calibrated = settings.static and settings.base == "float"
     return Method(
+        ranges=(COLLECTION,) if calibrated else (),
         dot=lambda base: partial(QuantDot, settings, base, name="quant"),
         attend=quantized_attention.attend if settings.attention else None,
         prepare=partial(prepare, settings=settings, trainable=config.train.trainable),
+        calibrate=calibrate if calibrated else lambda variables, seen: variables,
         merge=merge,
     )
