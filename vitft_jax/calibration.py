@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,32 @@ def subset(dataset: data.Dataset, count: int, seed: int) -> data.Dataset:
     train = dataset.indices("train")
     chosen = set(np.random.default_rng(seed).permutation(train)[:count].tolist())
     return replace(dataset, splits=tuple("train" if i in chosen else "" for i in range(len(dataset))))
+
+
+def images_from(path: str, dataset: data.Dataset, config: Config) -> data.Dataset:
+    """Other images than the run's, with the same classes.
+
+    Args:
+        path: A CSV table, or what ``data.path`` can be: a folder with one sub-folder per class, an .npz file, a prepared
+            TFDS dataset. Its own splits hold, or those that the config makes.
+        dataset: Of the run.
+        config: Of the run.
+
+    Raises:
+        InputError: There is no such data, an image cannot be read, or the classes are others.
+    """
+    place = Path(path).expanduser()
+    table = place.name if place.suffix == ".csv" else ""
+    named = dataset.multilabel or (place.suffix == ".npz" and config.data.labels)  # other sources know their classes
+    settings = config.data.copy_and_resolve_references()
+    settings.update(source="", path=str(place.parent if table else place), table=table, name="")
+    settings.labels = dataset.classes if named else ()
+    try:
+        found = data.load(settings, config.seed, classes=dataset.classes)
+        found.images.check()
+    except InputError as error:
+        raise InputError(f"--calibration {path}: {error}") from None
+    return found
 
 
 def see(program: Program, params: tree.Tree, dataset: data.Dataset, config: Config) -> dict[str, Seen]:

@@ -1,8 +1,9 @@
 """Makes an int8 model of a trained run, without training: a new run folder that the other commands treat like any.
 
 Adapters are merged, then the linear layers of the blocks are quantised by the recipe of `vitft_jax.ptq`, calibrated on training
-images without augmentation. The checkpoint holds int8 kernels and their scales in the place of float ones, and the whole model,
-so the pretrained weights are not needed any more. `summary.json` compares with the float run on the same images.
+images without augmentation, the run's or others (`--calibration`). The checkpoint holds int8 kernels and their scales in
+the place of float ones, and the whole model, so the pretrained weights are not needed any more. `summary.json` compares with
+the float run on the same images.
 """
 
 import argparse
@@ -43,6 +44,7 @@ class Options:
         attention: Also the products of attention in int8.
         skip_layers: Regex on paths of linear layers that stay in float; '' for none.
         images: Calibration images.
+        calibration: Where they come from, see `calibration.images_from`: the training split there; '' = that of the run.
         max_drop: Percentage points that the first metric (accuracy) may fall on the validation split: the most sensitive
             layers stay in float until it falls no further. None for no limit.
         sensitivity_images: Images on which every layer is left out once; 0 to leave that away.
@@ -54,6 +56,7 @@ class Options:
     attention: bool = False
     skip_layers: str = "^(embed|head)"
     images: int = calibration.IMAGES
+    calibration: str = ""
     max_drop: float | None = None
     sensitivity_images: int = 32
 
@@ -94,8 +97,9 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
     """Quantises the best checkpoint of a run into a new run folder; returns the summary.
 
     Raises:
-        InputError: There is no trained run, or it is quantised already; the output exists; a setting is out of range; there
-            are too few calibration images, or activations on them are not finite; no layer is left within `max_drop`.
+        InputError: There is no trained run, or it is quantised already; the output exists; a setting is out of range; the
+            calibration images are too few, cannot be read or have other classes, or activations on them are not finite;
+            no layer is left within `max_drop`.
     """
     started = time.perf_counter()
     _check(output, options)
@@ -105,7 +109,10 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
     params = source.built.program.method.merge(tree.join(source.trainable, source.built.frozen))["params"]
     plain = calibration.plain(source.built.program)
 
-    chosen = calibration.subset(source.dataset, options.images, source.config.seed)
+    images = source.dataset
+    if options.calibration:
+        images = calibration.images_from(options.calibration, source.dataset, source.config)
+    chosen = calibration.subset(images, options.images, source.config.seed)
     print(f"{workdir}, step {source.step}: calibrating on {len(chosen.indices('train'))} training images", flush=True)
     seen = calibration.see(plain, params, chosen, source.config)
     params, layers, told = quantise(params, seen, settings, options.recipe)
@@ -338,6 +345,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument(
         "--images", type=int, default=default.images, help="calibration images (default: %(default)s)"
     )
+    arguments.add_argument(
+        "--calibration",
+        default="",
+        help="folder, CSV table or .npz file of which the training split calibrates (default: the run's)",
+    )
     arguments.add_argument("--smooth", action=switch, default=True, help="smoothing folds with a search for alpha")
     arguments.add_argument("--clip", action=switch, default=True, help="search for where kernels saturate")
     arguments.add_argument("--correct", action=switch, default=True, help="bias correction")
@@ -360,7 +372,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     f = arguments.parse_args(argv)
     recipe = Recipe(f.smooth, f.clip, f.correct, f.static)
     options = Options(
-        recipe, f.bits, f.weight_only, f.attention, f.skip_layers, f.images, f.max_drop, f.sensitivity_images
+        recipe,
+        f.bits,
+        f.weight_only,
+        f.attention,
+        f.skip_layers,
+        f.images,
+        f.calibration,
+        f.max_drop,
+        f.sensitivity_images,
     )
     quantize(f.workdir, f.output, options)
 
