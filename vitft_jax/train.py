@@ -32,6 +32,12 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     config, source = run.resolve(config)
     folder = run.Folder(workdir)
+    if folder.whole() is not None:
+        raise InputError(
+            f"--workdir {workdir}: holds an int8 model that vitft_jax.quantize made, which does not train. To train adapters "
+            "over an int8 base, start a new run: --config configs/qat.py --config.methods=quant,lora "
+            "--config.train.trainable=^head --config.quant.base=int8"
+        )
     folder.check(config)
     dataset = folder.dataset(config)
     dataset.images.check()
