@@ -3,7 +3,8 @@
 python -m vitft_jax.train --config configs/qat.py --config.data.path=IMAGES --config.model.pretrained=WEIGHTS
 
 With adapters: --config.methods=quant,lora --config.train.trainable=^head. With adapters over a base that is int8 in memory:
-the same and --config.quant.base=int8.
+the same and --config.quant.base=int8. With fixed ranges of activations, calibrated first: --config.quant.static=True. With
+attention in int8 too: --config.quant.attention=True.
 """
 
 from vitft_jax.config import Config, default

@@ -91,6 +91,7 @@ def our_model(task: str, name: str, options: argparse.Namespace) -> tuple[Any, A
         classes=CLASSES,
         dtype=jnp.dtype(options.dtype),
         dot_general_cls=method.dot_general_cls,
+        attend=method.attend,
         select=method.select,
     )
     return config, method, model

@@ -1,5 +1,6 @@
 """The command quantize, end to end on a tiny run."""
 
+import csv
 import json
 import shutil
 
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 from support import TINY, integer_dots
 
+from vitft_jax import calibration, evaluate, metrics, quantize, quantized_attention, run, step, train, tree, vit
 from vitft_jax import config as configs
-from vitft_jax import evaluate, quantize, run, step, train, tree, vit
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
 from vitft_jax.ptq import observe
@@ -24,14 +25,21 @@ def variant(monkeypatch):
     monkeypatch.setitem(vit.VARIANTS, "tiny_test", TINY)
 
 
+def tiny_run(image_folder, method):
+    config = configs.default()
+    config.methods, config.model.name, config.model.pretrained = (method,), "tiny_test", ""
+    config.data.path, config.data.image_size = str(image_folder), 16
+    config.data.val_fraction = config.data.test_fraction = 0.2
+    config.train.batch_size, config.train.lr = 6, 1e-2
+    return config
+
+
 @pytest.fixture(scope="module")
 def trained(image_folder, tmp_path_factory):
     """A LoRA run."""
-    workdir, config = tmp_path_factory.mktemp("runs") / "lora", configs.default()
-    config.methods, config.model.name, config.model.pretrained = ("lora",), "tiny_test", ""
-    config.data.path, config.data.image_size = str(image_folder), 16
-    config.data.val_fraction = config.data.test_fraction = 0.2
-    config.train.batch_size, config.train.epochs, config.train.lr = 6, 4.0, 1e-2
+    workdir = tmp_path_factory.mktemp("runs") / "lora"
+    config = tiny_run(image_folder, "lora")
+    config.train.epochs = 4.0
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(vit.VARIANTS, "tiny_test", TINY)
         train.train(config, workdir)
@@ -45,6 +53,21 @@ def stored(workdir):
     built = run.build(config, folder.dataset(config), None, folder.whole())
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         return built.program, checkpoints.restore_best(None)[0]
+
+
+def probabilities(workdir):
+    """What a run said about its test images, `(n, C)`."""
+    with (workdir / "predictions_test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return np.array([[float(value) for key, value in row.items() if key.startswith("p:")] for row in rows])
+
+
+def margins(p, multilabel):
+    """How far probabilities are from another decision."""
+    if multilabel:
+        return 2 * np.abs(p - 0.5).min(axis=1)
+    best = np.sort(p, axis=1)
+    return best[:, -1] - best[:, -2]
 
 
 def integer_kernels(variables):
@@ -98,6 +121,10 @@ def test_a_run_becomes_an_int8_run_that_needs_no_other_weights(trained, tmp_path
     assert (output / "predictions_test.csv").read_bytes() == before
     with pytest.raises(InputError, match="is quantised already"):
         quantize.quantize(output, tmp_path / "again", FAST)
+    before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match="which does not train"):
+        train.train(run.Folder(output).config(), output)
+    assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     assert list(tmp_path.iterdir()) == [output]
 
 
@@ -109,17 +136,50 @@ def test_the_gate_keeps_the_most_sensitive_layers_in_float(trained, tmp_path, mo
     # simulated with 0 and 1 layers in float, real with 1, simulated and real with 2
     drops = iter([2.0, 0.4, 0.6, 0.5, 0.1])
     monkeypatch.setattr(quantize, "_drop", lambda *_: next(drops))
-    options = quantize.Options(Recipe(smooth=False, static="mse"), max_drop=0.5)
+    other = tmp_path / "other"  # all but the first image of each class
+    shutil.copytree(run.Folder(trained).config().data.path, other, ignore=lambda *_: {"0.png"})
+    recipe = Recipe(smooth=False, static="mse")
+    options = quantize.Options(recipe, attention=True, calibration=str(other), max_drop=0.5)
     summary = quantize.quantize(trained, tmp_path / "int8", options)
     assert next(drops, None) is None
     assert summary["method"]["float_layers"] == order
+    assert summary["method"]["options"]["calibration"] == str(other)
+    assert summary["method"]["calibration_images"] == 16 == 27 - 2 * 6 + 1
     assert f"kept in float: {', '.join(order)}" in capsys.readouterr().out
     program, variables = stored(tmp_path / "int8")
     assert not integer_kernels(variables) & {f"{path}/kernel" for path in order}
     assert len(integer_kernels(variables)) == 10
     assert {n.rsplit("/", 1)[1] for n in tree.flatten(variables["quant"])} == {"scale", "bound"}  # static ranges
-    logits = step.eval_step(variables, {}, np.zeros((6, 16, 16, 3), np.uint8), program=program)
-    assert np.isfinite(logits).all()
+    assert program.model.attend is quantized_attention.attend
+    assert evaluate.evaluate(tmp_path / "int8") == summary["metrics"]["test"]
+
+
+@pytest.mark.parametrize(
+    ("method", "labels"), [("adalora", ()), ("dora", ()), ("pissa", ()), ("lora", ("bright", "mid"))]
+)
+def test_every_method_becomes_an_int8_run(image_folder, tmp_path, method, labels):
+    config = tiny_run(image_folder, method)
+    config.train.steps = 2
+    if labels:
+        values = {"dark": "0,0", "grey": "0,1", "light": "1,1"}
+        rows = [f"{name}/{i}.png,{value}" for name, value in values.items() for i in range(10)]
+        config.data.update(table=str(tmp_path / "labels.csv"), labels=labels)
+        (tmp_path / "labels.csv").write_text("\n".join(["path,bright,mid", *rows]))
+    train.train(config, tmp_path / "float")
+    summary = quantize.quantize(tmp_path / "float", tmp_path / "int8", quantize.Options(sensitivity_images=0))
+    _, variables = stored(tmp_path / "int8")
+    assert len(integer_kernels(variables)) == 12
+    assert set(variables) == {"params", "quant"}  # no adapter
+    for name, leaf in tree.flatten(variables["params"]).items():
+        assert not (name.startswith("blocks_") and leaf.ndim > 1 and leaf.dtype != jnp.int8), name
+    assert evaluate.evaluate(tmp_path / "int8") == summary["metrics"]["test"]
+    # 8 bits move a probability by far less than 0.02, and a decision only where the float model hardly has one.
+    exact, ours = (probabilities(tmp_path / name) for name in ("float", "int8"))
+    clear = margins(exact, bool(labels)) > 2 * 0.02
+    assert clear.mean() >= 0.5
+    assert 0 < np.abs(exact - ours).max() < 0.02
+    same = metrics.decisions(exact, bool(labels)) == metrics.decisions(ours, bool(labels))
+    assert same[clear].all()
 
 
 def test_nothing_is_left_behind_where_it_fails(trained, tmp_path, monkeypatch):
@@ -150,6 +210,7 @@ def test_activations_that_are_not_finite_leave_nothing_behind(trained, tmp_path,
         (["--static=most"], "--static most: mse, max or a percentile"),
         (["--skip_layers=."], "nothing is quantised"),
         (["--workdir=nowhere"], "no run here"),
+        (["--calibration=nowhere"], "--calibration nowhere: "),
     ],
 )
 def test_bad_flags(trained, tmp_path, monkeypatch, flags, message):
@@ -164,7 +225,7 @@ def test_bad_flags(trained, tmp_path, monkeypatch, flags, message):
 def test_output_that_exists_and_too_few_images(trained, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="exists already"):
         quantize.quantize(trained, trained, FAST)
-    monkeypatch.setattr(quantize, "FEWEST", 19)
+    monkeypatch.setattr(calibration, "FEWEST", 19)
     with pytest.raises(InputError, match="18 calibration images"):
         quantize.quantize(trained, tmp_path / "int8", FAST)
     shutil.copytree(trained, tmp_path / "untrained", ignore=shutil.ignore_patterns("checkpoints", "summary.json"))

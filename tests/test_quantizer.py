@@ -105,6 +105,30 @@ def test_gradients_are_straight_through_those_of_the_quantised_product(backend, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_static_range_is_the_oracle_and_passes_no_gradient_where_it_saturates(backend):
+    x, g, bound = X[:, 2:5], jax.random.normal(jax.random.key(2), (3, 3, 5)), jnp.float32(1.5)
+    y, pull = jax.vjp(BACKENDS[backend](8, False), x, KERNEL, bound)
+    dx, dkernel, dbound = pull(g)
+    (qw, sw), sx = oracle(np.asarray(KERNEL), 0), np.float32(1.5) / np.float32(127.5)
+    qx = np.round(np.clip(np.asarray(x) / sx, -127, 127))
+    np.testing.assert_allclose(y, (qx @ qw) * (sx * sw), rtol=3e-7, atol=0)
+    inside = np.abs(x) <= bound
+    assert 0.1 < inside.mean() < 0.9
+    np.testing.assert_array_equal(dx[~inside], 0)
+    np.testing.assert_allclose(dx[inside], (g @ (qw * sw).T)[inside], rtol=1e-4, atol=1e-5)
+    expected = (qx * sx).reshape(-1, 16).T @ g.reshape(-1, 5)
+    np.testing.assert_allclose(dkernel, expected, rtol=1e-5, atol=1e-5)
+    assert not dbound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_static_range_at_the_largest_value_is_the_dynamic_one_of_a_single_token_in_training(backend):
+    product, x = BACKENDS[backend](8, False), X[0, 3]
+    np.testing.assert_array_equal(product(x, KERNEL, jnp.abs(x).max()), product(x, KERNEL))
+    assert not product(jnp.zeros((2, 16)), KERNEL, jnp.float32(0)).any()  # a layer that saw nothing
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_backward_pass_does_not_ignore_quantisation(backend):
     """The gradient by x is exactly the quantised kernel, and that by the kernel the quantised x: neither is the float one."""
     product, x = BACKENDS[backend](4, False), X[0, 3:5]

@@ -6,6 +6,8 @@ does with the probabilities for dV and with the gradient of the scores for dK. H
 the number of tokens: `python scripts/benchmark.py attention --model vit_small_patch14` compares with autodiff.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -13,14 +15,20 @@ from jax import Array
 from vitft_jax.product import laid, transposed
 
 F32 = jnp.float32
+Attend = Callable[[Array, Array, Array, Array | None], Array]
+"""What `attend` is, so that another function can stand in its place."""
+
+
+def masked_softmax(scores: Array, keys: Array | None) -> Array:
+    """Softmax over the last axis of scores `(B, H, N, M)` where `keys`, bool `(B, M)` or None for all, is true."""
+    if keys is not None:  # their exponentials are exactly 0, and so are the gradients of their scores
+        scores = jnp.where(keys[:, None, None, :], scores, -1e30)
+    return jax.nn.softmax(scores, axis=-1)
 
 
 def _probabilities(q: Array, k: Array, keys: Array | None) -> Array:
     """Softmax over keys of ``q k^T``; q `(B,H,N,d)` is already scaled. Returns `(B,H,N,M)` in float32."""
-    scores = jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=F32)
-    if keys is not None:  # their exponentials are exactly 0, and so are the gradients of their scores
-        scores = jnp.where(keys[:, None, None, :], scores, -1e30)
-    return jax.nn.softmax(scores, axis=-1)
+    return masked_softmax(jnp.einsum("bhnd,bhmd->bhnm", q, k, preferred_element_type=F32), keys)
 
 
 @jax.custom_vjp

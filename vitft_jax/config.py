@@ -109,7 +109,8 @@ def default() -> Config:
     c.quant = q = Config()
     q.bits = 8  # of kernels: 8 or 4 (both stored in int8); activations have 8
     q.weight_only = False  # activations stay in the compute dtype
-    q.static = False  # activation ranges fixed beforehand; only in runs that vitft_jax.quantize calibrated
+    q.static = False  # activation ranges fixed beforehand: calibrated before step 0, or by vitft_jax.quantize
+    q.attention = False  # also the two products of attention, by int8 scales for each row
     q.base = "float"  # 'float': kernels train (QAT); 'int8': they are frozen, and int8 in memory
     q.skip_layers = "^(embed|head)"  # regex on paths of linear layers that stay in float
     return c.lock()

@@ -47,7 +47,12 @@ class Outputs:
 def outputs(
     program: step.Program, trainable: Any, frozen: Any, dataset: data.Dataset, split: str, config: Config
 ) -> Outputs:
-    """Runs the model over a split, each image exactly once."""
+    """Runs the model over a split, each image exactly once.
+
+    Raises:
+        InputError: Its static ranges were never calibrated.
+    """
+    step.check_calibrated(program, trainable)
     batch_size = config.train.batch_size
     logits, indices = [], []
     started, timed = time.perf_counter(), 0

@@ -1,8 +1,9 @@
 """Makes an int8 model of a trained run, without training: a new run folder that the other commands treat like any.
 
 Adapters are merged, then the linear layers of the blocks are quantised by the recipe of `vitft_jax.ptq`, calibrated on training
-images without augmentation. The checkpoint holds int8 kernels and their scales in the place of float ones, and the whole model,
-so the pretrained weights are not needed any more. `summary.json` compares with the float run on the same images.
+images without augmentation, the run's or others (`--calibration`). The checkpoint holds int8 kernels and their scales in
+the place of float ones, and the whole model, so the pretrained weights are not needed any more. `summary.json` compares with
+the float run on the same images.
 """
 
 import argparse
@@ -10,8 +11,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitft_jax import cli, data, methods, metrics, report, run, runtime, tree
+from vitft_jax import calibration, cli, data, methods, metrics, report, run, runtime, tree
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
 from vitft_jax.evaluate import Outputs, evaluate_split, outputs
 from vitft_jax.methods import quant
-from vitft_jax.ptq import observe, simulate
+from vitft_jax.ptq import simulate
 from vitft_jax.ptq.recipe import Recipe
 from vitft_jax.ptq.recipe import run as quantise
 from vitft_jax.ptq.simulate import Layer
 from vitft_jax.step import Program, State
-
-FEWEST = 16  # calibration images
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,10 @@ class Options:
         recipe: Stages.
         bits: Of kernels, 8 or 4.
         weight_only: Leaves activations in float.
+        attention: Also the products of attention in int8.
         skip_layers: Regex on paths of linear layers that stay in float; '' for none.
         images: Calibration images.
+        calibration: Where they come from, see `calibration.images_from`: the training split there; '' = that of the run.
         max_drop: Percentage points that the first metric (accuracy) may fall on the validation split: the most sensitive
             layers stay in float until it falls no further. None for no limit.
         sensitivity_images: Images on which every layer is left out once; 0 to leave that away.
@@ -52,8 +53,10 @@ class Options:
     recipe: Recipe = field(default_factory=Recipe)
     bits: int = 8
     weight_only: bool = False
+    attention: bool = False
     skip_layers: str = "^(embed|head)"
-    images: int = 128
+    images: int = calibration.IMAGES
+    calibration: str = ""
     max_drop: float | None = None
     sensitivity_images: int = 32
 
@@ -69,9 +72,9 @@ class Source:
     trainable: Any
     step: int
 
-    def outputs(self, split: str) -> Outputs:
+    def outputs(self, dataset: data.Dataset, split: str) -> Outputs:
         """What the float model says about a split."""
-        return outputs(self.built.program, self.trainable, self.built.frozen, self.dataset, split, self.config)
+        return outputs(self.built.program, self.trainable, self.built.frozen, dataset, split, self.config)
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,9 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
     """Quantises the best checkpoint of a run into a new run folder; returns the summary.
 
     Raises:
-        InputError: There is no trained run, or it is quantised already; the output exists; a setting is out of range; there
-            are too few calibration images, or activations on them are not finite; no layer is left within `max_drop`.
+        InputError: There is no trained run, or it is quantised already; the output exists; a setting is out of range; the
+            calibration images are too few, cannot be read or have other classes, or activations on them are not finite;
+            no layer is left within `max_drop`.
     """
     started = time.perf_counter()
     _check(output, options)
@@ -103,28 +107,26 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
     config = _config(source.config, options)
     settings = quant.settings_of(config)
     params = source.built.program.method.merge(tree.join(source.trainable, source.built.frozen))["params"]
-    plain = replace(source.built.program, model=source.built.program.model.clone(dot_general_cls=None))
+    plain = calibration.plain(source.built.program)
 
-    calibration = _subset(source.dataset, options.images, source.config.seed)
-    count = len(calibration.indices("train"))
-    if count < FEWEST:
-        raise InputError(
-            f"{count} calibration images (--images, from the training split): at least {FEWEST} are needed"
-        )
-    print(f"{workdir}, step {source.step}: calibrating on {count} training images", flush=True)
-    seen = observe.observe(plain.model, params, _normalised(calibration, source.config, plain), count)
+    images = source.dataset
+    if options.calibration:
+        images = calibration.images_from(options.calibration, source.dataset, source.config)
+    chosen = calibration.subset(images, options.images, source.config.seed)
+    print(f"{workdir}, step {source.step}: calibrating on {len(chosen.indices('train'))} training images", flush=True)
+    seen = calibration.see(plain, params, chosen, source.config)
     params, layers, told = quantise(params, seen, settings, options.recipe)
     if not layers:
         raise InputError(f"--skip_layers {options.skip_layers!r} skips every linear layer: nothing is quantised")
     weakest = min(told, key=lambda path: told[path]["snr_db"])
     print(f"{len(layers)} layers; lowest signal-to-noise {told[weakest]['snr_db']:.1f} dB at {weakest}", flush=True)
 
-    program = simulate.program(plain, layers, settings.static, settings.weight_only)
+    program = simulate.program(plain, layers, settings)
     simulation = Simulation(program, params, layers, settings.weight_only, source.config)
     if options.sensitivity_images:
         for path, value in _sensitivity(source, simulation, options.sensitivity_images).items():
             told[path]["sensitivity"] = value
-    before = {split: source.outputs(split) for split in ("val", "test")}
+    before = {split: source.outputs(source.dataset, split) for split in ("val", "test")}
 
     part = output.with_name(output.name + ".part")
     shutil.rmtree(part, ignore_errors=True)  # of a command that was killed
@@ -150,7 +152,7 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
             "method": {
                 "source": str(workdir.resolve()),
                 "options": asdict(options),
-                "calibration_images": count,
+                "calibration_images": len(chosen.indices("train")),
                 "float_layers": in_float,
                 "val_drop": drop,
                 "compared": comparison,
@@ -186,9 +188,10 @@ def _check(output: Path, options: Options) -> None:
             f"--max_drop {options.max_drop} with --sensitivity_images {options.sensitivity_images}: the limit is at least "
             "0, and which layers are sensitive must be measured"
         )
-    if options.images < FEWEST or options.sensitivity_images < 0:
+    if options.images < calibration.FEWEST or options.sensitivity_images < 0:
         raise InputError(
-            f"--images {options.images} --sensitivity_images {options.sensitivity_images}: at least {FEWEST} and 0"
+            f"--images {options.images} --sensitivity_images {options.sensitivity_images}: at least "
+            f"{calibration.FEWEST} and 0"
         )
 
 
@@ -218,6 +221,7 @@ def _config(config: Config, options: Options) -> Config:
     new.quant.update(
         bits=options.bits,
         weight_only=options.weight_only,
+        attention=options.attention,
         static=bool(options.recipe.static),
         base="int8",
         skip_layers=options.skip_layers,
@@ -225,37 +229,15 @@ def _config(config: Config, options: Options) -> Config:
     return new
 
 
-def _subset(dataset: data.Dataset, count: int, seed: int) -> data.Dataset:
-    """The dataset with `count` images of its training split, drawn by the seed, or all if there are fewer."""
-    train = dataset.indices("train")
-    chosen = set(np.random.default_rng(seed).permutation(train)[:count].tolist())
-    return replace(dataset, splits=tuple("train" if i in chosen else "" for i in range(len(dataset))))
-
-
-def _normalised(dataset: data.Dataset, config: Config, program: Program) -> Iterator[jax.Array]:
-    """Images of the training split as the model takes them, `(b, S, S, 3)`."""
-    batches = data.eval_batches(
-        dataset,
-        "train",
-        batch_size=config.train.batch_size,
-        image_size=config.data.image_size,
-        fit=config.data.fit,
-        workers=config.data.workers,
-    )
-    for batch in batches:
-        images = jnp.asarray(batch["image"][batch["mask"] > 0], jnp.float32) / 255
-        yield (images - jnp.asarray(program.mean)) / jnp.asarray(program.std)
-
-
 def _sensitivity(source: Source, simulation: Simulation, count: int) -> dict[str, float]:
     """How much the divergence of the outputs from the float model falls when one layer alone stays in float, by path."""
-    dataset = _subset(source.dataset, count, source.config.seed)
+    dataset = calibration.subset(source.dataset, count, source.config.seed)
 
     def divergence(in_float: Sequence[str]) -> float:
         p = simulation.outputs(dataset, "train", in_float).probabilities
         return simulate.divergence(exact.probabilities, p, dataset.multilabel)
 
-    exact = simulation.outputs(dataset, "train", list(simulation.layers))
+    exact = source.outputs(dataset, "train")
     whole, values = divergence([]), {}
     for i, path in enumerate(simulation.layers, 1):
         values[path] = whole - divergence([path])
@@ -363,12 +345,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument(
         "--images", type=int, default=default.images, help="calibration images (default: %(default)s)"
     )
+    arguments.add_argument(
+        "--calibration",
+        default="",
+        help="folder, CSV table or .npz file of which the training split calibrates (default: the run's)",
+    )
     arguments.add_argument("--smooth", action=switch, default=True, help="smoothing folds with a search for alpha")
     arguments.add_argument("--clip", action=switch, default=True, help="search for where kernels saturate")
     arguments.add_argument("--correct", action=switch, default=True, help="bias correction")
     arguments.add_argument("--static", default="", help="static ranges: mse, max or a percentile (default: per token)")
     arguments.add_argument("--bits", type=int, default=default.bits, help="of kernels, 8 or 4 (default: %(default)s)")
     arguments.add_argument("--weight_only", action="store_true", help="activations stay in float")
+    arguments.add_argument("--attention", action="store_true", help="also the products of attention in int8")
     arguments.add_argument(
         "--skip_layers", default=default.skip_layers, help="regex on layers that stay in float (default: %(default)s)"
     )
@@ -383,7 +371,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     f = arguments.parse_args(argv)
     recipe = Recipe(f.smooth, f.clip, f.correct, f.static)
-    options = Options(recipe, f.bits, f.weight_only, f.skip_layers, f.images, f.max_drop, f.sensitivity_images)
+    options = Options(
+        recipe,
+        f.bits,
+        f.weight_only,
+        f.attention,
+        f.skip_layers,
+        f.images,
+        f.calibration,
+        f.max_drop,
+        f.sensitivity_images,
+    )
     quantize(f.workdir, f.output, options)
 
 

@@ -18,7 +18,7 @@ from jax import Array, lax
 from vitft_jax.product import input_gradient, kernel_gradient
 
 F32 = jnp.float32
-Product = Callable[[Array, Array], Array]
+Product = Callable[[Array, Array, Array | None], Array]
 
 
 class Quantised(NamedTuple):
@@ -126,27 +126,36 @@ def _frozen_backward(
 frozen_product.defvjp(_frozen_forward, _frozen_backward)
 
 
-def trained_product(bits: int = 8, weight_only: bool = False) -> Product:
+def trained_product(bits: int = 8, weight_only: bool = False, multiply: Product | None = None) -> Product:
     """A product that quantises both sides anew at every call, with straight-through gradients (Bengio et al. 2013).
 
-    Gradients are those of the product of s q of both sides, passed on as if rounding were the identity.
+    Gradients are those of the product of s q of both sides, passed on as if rounding were the identity; nothing passes
+    to x where a static range saturates.
+
+    Args:
+        bits: Of the kernel.
+        weight_only: Leaves x in float.
+        multiply: The forward pass of another library, called as what is returned; None is our own.
 
     Returns:
-        ``product(x, kernel)``, x `(..., in)` and a float kernel `(in, out)` to `(..., out)` in the dtype of x.
+        ``product(x, kernel, bound)``, x `(..., in)`, a float kernel `(in, out)` and the static range of x or None to
+        `(..., out)` in the dtype of x.
     """
 
     @jax.custom_vjp
-    def product(x: Array, kernel: Array) -> Array:
-        return _forward(x, quantise_kernel(kernel, bits), None, weight_only)
+    def product(x: Array, kernel: Array, bound: Array | None = None) -> Array:
+        if multiply is not None:
+            return multiply(x, kernel, bound)
+        return _forward(x, quantise_kernel(kernel, bits), bound, weight_only)
 
-    def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-        return product(x, kernel), (x, kernel)
+    def forward(x: Array, kernel: Array, bound: Array | None) -> tuple[Array, tuple[Array, Array, Array | None]]:
+        return product(x, kernel, bound), (x, kernel, bound)
 
-    def backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-        x, kernel = residuals
-        seen = x if weight_only else fake(x).astype(dy.dtype)
-        dx = _to_input(dy, x, quantise_kernel(kernel, bits), None)
-        return dx.astype(x.dtype), kernel_gradient(seen, dy).astype(kernel.dtype)
+    def backward(residuals: tuple[Array, Array, Array | None], dy: Array) -> tuple[Array, Array, None]:
+        x, kernel, bound = residuals
+        seen = x if weight_only else fake(x, bound).astype(dy.dtype)
+        dx = _to_input(dy, x, quantise_kernel(kernel, bits), bound)
+        return dx.astype(x.dtype), kernel_gradient(seen, dy).astype(kernel.dtype), None
 
     product.defvjp(forward, backward)
     return product

@@ -61,7 +61,8 @@ class Built:
     @property
     def parameters(self) -> dict[str, float]:
         """Numbers of parameters; adapters count in the total."""
-        trainable, frozen = tree.count(self.trainable), tree.count(self.frozen)
+        ranges = sum(tree.count(self.trainable.get(name, {})) for name in self.program.method.ranges)
+        trainable, frozen = tree.count(self.trainable) - ranges, tree.count(self.frozen) + ranges
         total = trainable + frozen
         return {"total": total, "trainable": trainable, "trainable_percent": 100 * trainable / total}
 
@@ -136,6 +137,7 @@ def build(
         classes=len(dataset.classes),
         dtype=jnp.dtype(config.dtype),
         dot_general_cls=method.dot_general_cls,
+        attend=method.attend,
         select=method.select,
     )
     method.check(model, (size // model.patch) ** 2)
@@ -201,7 +203,9 @@ def _trains(config: configs.Config, method: methods.Method) -> Callable[[str], b
 
     def trains(name: str) -> bool:
         collection, _, rest = name.partition("/")
-        return collection in method.collections or (collection == "params" and bool(chosen.search(rest)))
+        return collection in (*method.collections, *method.ranges) or (
+            collection == "params" and bool(chosen.search(rest))
+        )
 
     return trains
 

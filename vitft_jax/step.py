@@ -16,6 +16,7 @@ from flax import struct
 from jax import Array
 
 from vitft_jax import tree
+from vitft_jax.errors import InputError
 from vitft_jax.methods import Method
 from vitft_jax.vit import ViT
 
@@ -64,6 +65,17 @@ def init_state(program: Program, trainable: tree.Tree) -> State:
     """The state before step 0."""
     trainable = jax.tree.map(jnp.copy, trainable)  # the step donates its state, so it must own it
     return State(jnp.zeros((), jnp.int32), trainable, program.tx.init(trainable))
+
+
+def check_calibrated(program: Program, trainable: tree.Tree) -> None:
+    """Refuses variables whose ranges have no values yet.
+
+    Raises:
+        InputError: Names the first one.
+    """
+    for name, leaf in tree.flatten({name: trainable.get(name, {}) for name in program.method.ranges}).items():
+        if jnp.isnan(leaf).any():
+            raise InputError(f"{name}: this range was never calibrated; `calibration.calibrated` does, before step 0")
 
 
 def normalise(program: Program, images: Array) -> Array:

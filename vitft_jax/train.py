@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitft_jax import IMPORTED, cli, data, figures, flops, metrics, report, run, runtime, step, tree
+from vitft_jax import IMPORTED, calibration, cli, data, figures, flops, metrics, report, run, runtime, step, tree
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError, nearest
@@ -32,6 +32,12 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     config, source = run.resolve(config)
     folder = run.Folder(workdir)
+    if folder.whole() is not None:
+        raise InputError(
+            f"--workdir {workdir}: holds an int8 model that vitft_jax.quantize made, which does not train. To train adapters "
+            "over an int8 base, start a new run: --config configs/qat.py --config.methods=quant,lora "
+            "--config.train.trainable=^head --config.quant.base=int8"
+        )
     folder.check(config)
     dataset = folder.dataset(config)
     dataset.images.check()
@@ -99,12 +105,15 @@ def _fit(
 ) -> tuple[step.State, dict[str, float]]:
     """The loop over steps, from the newest checkpoint to the end; returns the last state and timing."""
     per_epoch = data.steps_per_epoch(dataset, config.train.batch_size)
+    if checkpoints.latest_step is None:
+        built = calibration.calibrated(built, dataset, config)
     state = step.init_state(built.program, built.trainable)
     # `waited` counts the epochs since the best; `input`, added when saved, is the position in the stream of batches.
     loop: dict[str, Any] = {"best": None, "waited": 0, "stopped": False}
     if checkpoints.latest_step is not None:
         state, loop = checkpoints.restore(state)
         batches.set_state(loop["input"])
+    step.check_calibrated(built.program, state.trainable)
     first = done = int(state.step)
     program = built.program_at(done)
     log = report.MetricsLog(folder.metrics, done)

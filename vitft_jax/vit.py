@@ -3,8 +3,9 @@
 ViT (Dosovitskiy et al. 2020), DeiT (Touvron et al. 2020), and the LayerScale variants DeiT-III (Touvron et al. 2022) and
 DINOv2 (Oquab et al. 2023).
 
-The model names no fine-tuning method. Methods come in through two doors: `dot_general_cls`, the constructor of the
-product in every linear layer, and `select`, which chooses the tokens that go on after a block.
+The model names no fine-tuning method. Methods come in through three doors: `dot_general_cls`, the constructor of the
+product in every linear layer, `attend`, the attention between the projections, and `select`, which chooses the tokens that
+go on after a block.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from flax.typing import Dtype
 from jax import Array
 
 from vitft_jax import attention, product
+from vitft_jax.attention import Attend
 from vitft_jax.gelu import gelu
 
 DotGeneralCls = Callable[[], Callable[..., Array]]
@@ -68,6 +70,7 @@ class Attention(nn.Module):
     prefix: int
     dtype: Dtype = jnp.float32
     dot_general_cls: DotGeneralCls | None = None
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(self, x: Array, leave: int, rows: bool, keys: Array | None = None) -> tuple[Array, Array | None]:
@@ -82,8 +85,8 @@ class Attention(nn.Module):
             return y.reshape(batch, x.shape[1], self.heads, -1).transpose(0, 2, 1, 3)
 
         q, k, v = project("query", x[:, :leave]), project("key", x), project("value", x)
-        y = attention.attend(q, k, v, keys).transpose(0, 2, 1, 3).reshape(batch, leave, width)
-        y = _dense(self, width, "out")(y)
+        y = (self.attend or attention.attend)(q, k, v, keys)
+        y = _dense(self, width, "out")(y.transpose(0, 2, 1, 3).reshape(batch, leave, width))
         return y, attention.prefix_rows(q, k, self.prefix, keys) if rows else None
 
 
@@ -121,6 +124,7 @@ class Block(nn.Module):
     eps: float
     dtype: Dtype = jnp.float32
     dot_general_cls: DotGeneralCls | None = None
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(self, x: Array, leave: int, rows: bool, keys: Array | None = None) -> tuple[Array, Array | None]:
@@ -133,7 +137,7 @@ class Block(nn.Module):
             return LayerScale(self.dtype, name=name)(y) if self.layer_scale else y
 
         y = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm1")(x)
-        y, prefix_rows = Attention(self.heads, self.prefix, self.dtype, self.dot_general_cls, name="attn")(
+        y, prefix_rows = Attention(self.heads, self.prefix, self.dtype, self.dot_general_cls, self.attend, name="attn")(
             y, leave, rows, keys
         )
         x = x[:, :leave] + scale(y, "scale1")
@@ -196,6 +200,7 @@ class ViT(nn.Module):
         eps: LayerNorm epsilon: 1e-12 for Hugging Face's ViT and DeiT, 1e-6 elsewhere.
         dtype: Compute dtype.
         dot_general_cls: Constructor of the product in every linear layer; None is `product.dot_general`.
+        attend: Attention between the projections; None is `attention.attend`.
         select: Token selector; None keeps all tokens.
     """
 
@@ -212,6 +217,7 @@ class ViT(nn.Module):
     eps: float = 1e-6
     dtype: Dtype = jnp.float32
     dot_general_cls: DotGeneralCls | None = None
+    attend: Attend | None = None
     select: Select | None = None
 
     @property
@@ -243,6 +249,7 @@ class ViT(nn.Module):
                 self.eps,
                 self.dtype,
                 self.dot_general_cls,
+                self.attend,
                 name=f"blocks_{i}",
             )(x, leave, rows=self.select is not None and self.select.wants_rows(i), keys=keys)
             if self.select is not None:

@@ -28,7 +28,7 @@ def quant_config(names=("quant",), trainable="^head", **changes):
 def quantised(names=("quant",), trainable="^head", model=None, **changes):
     """A tiny model: (method, model, variables, params in float); adapters are random."""
     method = methods.load(quant_config(names, trainable, **changes))
-    model = (model or tiny()).clone(dot_general_cls=method.dot_general_cls)
+    model = (model or tiny()).clone(dot_general_cls=method.dot_general_cls, attend=method.attend)
     variables = init(model, random=False)
     params = randomised(variables["params"])
     adapters = {name: randomised(variables[name]) for name in method.collections}
@@ -51,11 +51,27 @@ def test_defaults_quantise_the_linear_layers_of_the_blocks_and_nothing_else():
             np.testing.assert_array_equal(leaf, tree.flatten(params)[name])
 
 
-@pytest.mark.parametrize("base", ["float", "int8"])
-def test_every_converted_layer_is_an_int8_dot_in_the_compiled_program(base):
-    program, trainable, frozen = program_of(base=base)
+@pytest.mark.parametrize(("base", "attention"), [("float", False), ("float", True), ("int8", False), ("int8", True)])
+def test_every_converted_layer_is_an_int8_dot_in_the_compiled_program(base, attention):
+    model = tiny(features="cls+mean")  # else the last block has one query, and its products become sums
+    program, trainable, frozen = program_of(base=base, attention=attention, model=model)
     compiled = step.eval_step.lower(trainable, frozen, BATCH["image"], program=program).compile()
-    assert len(integer_dots(compiled)) == len(LAYERS)
+    assert len(integer_dots(compiled)) == len(LAYERS) + 2 * TINY["depth"] * attention
+
+
+def test_int8_attention_works_beside_token_skipping():
+    """'mask' leaves tokens out as keys, 'gather' takes them away: both are the same int8 model, and drop the same tokens."""
+    config = quant_config(("quant", "skip"), attention=True)
+    config.skip.update(layers=(0,), drop_ratio=(0.5,))
+    params, logits = randomised(init(tiny(depth=3), random=False)["params"]), {}
+    for mode in ("gather", "mask", "float"):
+        config.skip.mode = mode.replace("float", "gather")
+        config.quant.attention = mode != "float"
+        method = methods.load(config)
+        model = tiny(depth=3, dot_general_cls=method.dot_general_cls, select=method.select, attend=method.attend)
+        logits[mode] = jax.jit(model.apply)({"params": params}, IMAGES)
+    np.testing.assert_allclose(logits["gather"], logits["mask"], rtol=0, atol=1e-4)
+    assert jnp.abs(logits["gather"] - logits["float"]).max() > 1e-3
 
 
 def test_with_all_layers_skipped_it_is_the_float_model_to_the_bit():
@@ -209,7 +225,8 @@ def test_in_bfloat16_the_output_of_a_layer_is_bfloat16_and_the_logits_are_close(
         ({"bits": 7}, "quant.bits=7: 8 or 4"),
         ({"base": "int4"}, "quant.base='int4': one of 'float', 'int8'"),
         ({"skip_layers": "("}, "no regex"),
-        ({"static": True}, "static ranges are for quant.base='int8'"),
+        ({"static": True, "weight_only": True}, "quant.static=True"),
+        ({"attention": True, "weight_only": True}, "quant.attention=True"),
         ({"static": True, "base": "int8"}, "no ranges were calibrated"),
         ({"base": "int8", "skip_layers": "."}, "skips every linear layer"),
         ({"base": "int8", "trainable": "."}, "stores in integers"),

@@ -7,15 +7,15 @@ import pytest
 from support import init, tiny
 
 from vitft_jax import config as configs
-from vitft_jax import methods, optim, quantizer, step, tree
+from vitft_jax import methods, optim, quantized_attention, quantizer, step, tree
 from vitft_jax.methods import quant
 from vitft_jax.ptq import simulate
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), np.uint8)
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_it_is_the_int8_model_and_without_any_layer_the_float_model(static):
+@pytest.mark.parametrize(("static", "attention"), [(False, False), (True, False), (False, True)])
+def test_it_is_the_int8_model_and_without_any_layer_the_float_model(static, attention):
     model = tiny()
     params = init(model)["params"]
     leaves = tree.flatten(params)
@@ -27,19 +27,21 @@ def test_it_is_the_int8_model_and_without_any_layer_the_float_model(static):
     }
     config = configs.default()
     base = step.Program(model, methods.stack([]), optim.optimizer(config, methods.stack([]), 9), (0.5,) * 3, (0.5,) * 3)
-    program = simulate.program(base, layers, static, weight_only=False)
+    program = simulate.program(base, layers, quant.Settings(static=static, attention=attention))
 
     def simulated(in_float):
         variables = simulate.variables(params, layers, in_float, False)
         return step.eval_step(variables, {}, IMAGES, program=program)
 
-    exact = step.eval_step({"params": params}, {}, IMAGES, program=base)
+    attend = quantized_attention.attend if attention else None
+    exact_program = dataclasses.replace(base, model=model.clone(attend=attend))
+    exact = step.eval_step({"params": params}, {}, IMAGES, program=exact_program)
     np.testing.assert_allclose(simulated(paths), exact, rtol=0, atol=1e-6)
 
     some, size = paths[:3], step.eval_step._cache_size()
     settings = quant.Settings(static=static, base="int8", skip_layers=f"^(embed|head)|^({'|'.join(some)})$")
     dot = quant.QuantDot
-    real = model.clone(dot_general_cls=lambda: dot(settings, lambda: jax.lax.dot_general, name="quant"))
+    real = exact_program.model.clone(dot_general_cls=lambda: dot(settings, lambda: jax.lax.dot_general, name="quant"))
     shapes = jax.eval_shape(real.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
     kept = {path: layer for path, layer in layers.items() if path not in some}
     biased = tree.unflatten(leaves | {f"{path}/bias": layer.bias for path, layer in kept.items()})

@@ -15,6 +15,7 @@ import optax
 from jax import Array
 
 from vitft_jax import product
+from vitft_jax.attention import Attend
 from vitft_jax.errors import InputError, nearest
 
 Variables = Mapping[str, Any]
@@ -27,8 +28,13 @@ class Method:
 
     Attributes:
         collections: Variable collections that train, beside the chosen part of `params`.
+        ranges: Variable collections of calibrated numbers: kept in checkpoints beside what trains, without a gradient. They
+            are NaN until `calibrate`, and a model with NaN there is refused.
         dot: Wraps the constructor of the product in a linear layer: ``dot(base)() (x, kernel, dimensions)``.
+        attend: Attention between the projections, in the place of `attention.attend`; None leaves it alone.
         prepare: Rewrites the variables once, before step 0, such as to initialise an adapter from the kernels.
+        calibrate: ``calibrate(variables, seen)`` fills `ranges` before step 0 from what the linear layers of the float model
+            see on training images, `ptq.observe.Seen` by path.
         select: Token selector (`vit.Select`), or None.
         phases: ``phases(total_steps)``: selectors in its place early in training, each with the step at which it ends, in
             order. Each compiles a step of its own.
@@ -46,8 +52,11 @@ class Method:
     """
 
     collections: tuple[str, ...] = ()
+    ranges: tuple[str, ...] = ()
     dot: Callable[[DotGeneralCls], DotGeneralCls] | None = None
+    attend: Attend | None = None
     prepare: Callable[[Variables], Variables] = lambda variables: variables
+    calibrate: Callable[[Variables, Mapping[str, Any]], Variables] = lambda variables, seen: variables
     select: Any = None
     phases: Callable[[int], Sequence[tuple[int, Any]]] = lambda total_steps: ()
     check: Callable[[Any, int], None] = lambda model, patches: None
@@ -68,11 +77,14 @@ def stack(methods: Sequence[Method]) -> Method:
     """Combines methods, inner to outer, into one.
 
     Raises:
-        InputError: Two methods select tokens, or two put adapters on the linear layers.
+        InputError: Two methods select tokens, two replace the attention, or two put adapters on the linear layers.
     """
     selectors = [m for m in methods if m.select is not None]
     if len(selectors) > 1:
         raise InputError("two methods select tokens; keep one of them in config.methods")
+    attends = [m.attend for m in methods if m.attend is not None]
+    if len(attends) > 1:
+        raise InputError("two methods replace the attention; keep one of them in config.methods")
     # The inner one would see the path of the outer instead of the layer's, and merging would not find its kernel.
     if sum(bool(m.dot and m.collections) for m in methods) > 1:
         raise InputError("two methods put adapters on the linear layers; keep one of them in config.methods")
@@ -87,6 +99,11 @@ def stack(methods: Sequence[Method]) -> Method:
     def prepare(variables: Variables) -> Variables:
         for m in methods:
             variables = m.prepare(variables)
+        return variables
+
+    def calibrate(variables: Variables, seen: Mapping[str, Any]) -> Variables:
+        for m in methods:
+            variables = m.calibrate(variables, seen)
         return variables
 
     def wrap_tx(tx: optax.GradientTransformation, total_steps: int) -> optax.GradientTransformation:
@@ -105,8 +122,11 @@ def stack(methods: Sequence[Method]) -> Method:
 
     return Method(
         collections=tuple(name for m in methods for name in m.collections),
+        ranges=tuple(name for m in methods for name in m.ranges),
         dot=dot if dots else None,
+        attend=attends[0] if attends else None,
         prepare=prepare,
+        calibrate=calibrate,
         select=selectors[0].select if selectors else None,
         phases=selectors[0].phases if selectors else lambda total_steps: (),
         check=check,

@@ -5,18 +5,21 @@
 Two kinds of base, by ``quant.base``:
 
 - 'float', quantisation-aware training: kernels stay float32 and are quantised anew in every forward pass, by AQT; gradients
-  are those of the quantised product, straight through the rounding.
+  are those of the quantised product, straight through the rounding. With ``quant.static`` the ranges of activations are
+  calibrated before step 0, and stay.
 - 'int8': kernels that do not train are int8 arrays in `params` themselves, with their scales in the collection `quant`, so
   no float copy of them exists. Adapters train in float beside them. `vitft_jax.quantize` writes runs of this kind.
 
 AQT differentiates its training products only, not its products with stored integers, so the second kind is our own
-`quantizer.frozen_product`. All that comes from AQT is `trained_product`; `quantizer.trained_product` is the same in plain JAX.
+`quantizer.frozen_product`. All that comes from AQT is the forward pass of `trained_product`: its backward pass reads operands
+along columns, see `product`. `quantizer.trained_product` is the same in plain JAX.
 
-The head and the patch embedding stay in float by default, and LayerNorm, softmax and GELU always do.
+With ``quant.attention`` the two products of attention are int8 too (`quantized_attention`), in either kind. The head and the
+patch embedding stay in float by default, and LayerNorm, softmax and GELU always do.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
@@ -24,11 +27,14 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from aqt.jax.v2 import config as aqt
+from aqt.jax.v2.calibration import ConstantCalibration
 from jax import Array
 
-from vitft_jax import quantizer, tree
+from vitft_jax import quantized_attention, quantizer, tree
 from vitft_jax.errors import InputError
 from vitft_jax.methods import DotGeneralCls, Method, Variables
+from vitft_jax.ptq import ranges
+from vitft_jax.ptq.observe import Seen
 from vitft_jax.quantizer import Product, Quantised
 
 COLLECTION = "quant"
@@ -42,7 +48,8 @@ class Settings:
     Attributes:
         bits: Of kernels, 8 or 4; activations have 8.
         weight_only: Leaves activations in float.
-        static: One range per layer, calibrated beforehand, instead of one per token.
+        static: One range per layer, calibrated before step 0 or by `vitft_jax.quantize`, instead of one per token.
+        attention: Also the products of attention.
         base: See the module.
         skip_layers: Regex on paths of linear layers that stay in float; '' for none.
     """
@@ -50,6 +57,7 @@ class Settings:
     bits: int = 8
     weight_only: bool = False
     static: bool = False
+    attention: bool = False
     base: str = "float"
     skip_layers: str = "^(embed|head)"
 
@@ -60,18 +68,20 @@ class Settings:
 
 @cache
 def trained_product(bits: int, weight_only: bool) -> Product:
-    """AQT's product that quantises both sides anew, as `quantizer.trained_product`."""
-    c = aqt.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None)  # gradients are float products
-    aqt.set_bits(c, None if weight_only else 8, bits, None, None, None, None)
-    aqt.set_stochastic_rounding(c, False, False, "jax.uniform")
-    aqt.set_scale_and_bias_dtype(c, jnp.float32)
-    # Without this the gradients would be those of the product in float. An unquantised side has no scale to reuse.
-    aqt.set_use_fwd_quant(c, True, not weight_only)
+    """`quantizer.trained_product` with AQT's forward pass."""
 
-    def product(x: Array, kernel: Array) -> Array:
+    def multiply(x: Array, kernel: Array, bound: Array | None) -> Array:
+        c = aqt.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None)
+        aqt.set_bits(c, None if weight_only else 8, bits, None, None, None, None)
+        aqt.set_stochastic_rounding(c, False, False, "jax.uniform")
+        aqt.set_scale_and_bias_dtype(c, jnp.float32)
+        if bound is not None:
+            # AQT asks for a scale of the rank of x, and would take 0 for a range.
+            largest = jnp.where(bound == 0, 1.0, bound).reshape((1,) * x.ndim)
+            c.fwd.dg_quantizer.lhs.calibration = partial(ConstantCalibration, bound=largest)
         return c(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
-    return product
+    return quantizer.trained_product(bits, weight_only, multiply)
 
 
 class QuantDot(nn.Module):
@@ -86,10 +96,10 @@ class QuantDot(nn.Module):
         s = self.settings
         if not s.converts(layer_of("/".join(self.path))):
             return self.base()(x, kernel, dimensions, **kwargs)
-        if s.base == "float":
-            return trained_product(s.bits, s.weight_only)(x, kernel)
-        scale = self.variable(COLLECTION, "scale", jnp.ones, kernel.shape[1]).value
         bound = self.variable(COLLECTION, "bound", partial(jnp.full, (), jnp.nan)).value if s.static else None
+        if s.base == "float":
+            return trained_product(s.bits, s.weight_only)(x, kernel, bound)
+        scale = self.variable(COLLECTION, "scale", jnp.ones, kernel.shape[1]).value
         if self.is_initializing():  # the kernel is still float
             return self.base()(x, kernel, dimensions, **kwargs)
         return quantizer.frozen_product(x, Quantised(kernel, scale), bound, s.weight_only)
@@ -133,7 +143,7 @@ def prepare(variables: Variables, settings: Settings, trainable: str) -> Variabl
     if settings.static:
         raise InputError(
             "quant.static=True: no ranges were calibrated for this model. `python -m vitft_jax.quantize --static` "
-            "calibrates a trained run; to train, use quant.static=False"
+            "calibrates a trained run; to train, use quant.static=False or quant.base='float'"
         )
     paths = layers(variables)
     if not paths:
@@ -149,6 +159,17 @@ def prepare(variables: Variables, settings: Settings, trainable: str) -> Variabl
         variables,
         {path: quantizer.quantise_kernel(jnp.asarray(params[f"{path}/kernel"]), settings.bits) for path in paths},
     )
+
+
+def calibrate(variables: Variables, seen: Mapping[str, Seen]) -> Variables:
+    """Gives every static range of a float base the value with the least squared error (`ptq.ranges.least_error`)."""
+
+    def bound(name: str, leaf: Array) -> Array:
+        return ranges.least_error(seen[layer_of(name.removesuffix("/bound"))])
+
+    if COLLECTION not in variables:  # nothing is quantised
+        return variables
+    return {**variables, COLLECTION: tree.map_named(bound, variables[COLLECTION])}
 
 
 def merge(variables: Variables) -> Variables:
@@ -173,13 +194,17 @@ def settings_of(config: Any) -> Settings:
         raise InputError(f"quant.bits={c.bits}: 8 or 4")
     if c.base not in BASES:
         raise InputError(f"quant.base={c.base!r}: one of {', '.join(map(repr, BASES))}")
-    if c.static and (c.weight_only or c.base == "float"):
-        raise InputError("quant.static=True: static ranges are for quant.base='int8' and quant.weight_only=False")
+    if c.static and c.weight_only:
+        raise InputError("quant.static=True: ranges are of activations, which quant.weight_only leaves in float")
+    if c.attention and c.weight_only:
+        raise InputError(
+            "quant.attention=True: its products are of activations, which quant.weight_only leaves in float"
+        )
     try:
         re.compile(c.skip_layers)
     except re.error as error:
         raise InputError(f"quant.skip_layers={c.skip_layers!r}: no regex: {error}") from None
-    return Settings(c.bits, c.weight_only, c.static, c.base, c.skip_layers)
+    return Settings(c.bits, c.weight_only, c.static, c.attention, c.base, c.skip_layers)
 
 
 def method(config: Any) -> Method:
@@ -191,8 +216,12 @@ def method(config: Any) -> Method:
     if config.methods[0] != "quant":
         raise InputError(f"config.methods={config.methods}: 'quant' comes first, since others add to its product")
     settings = settings_of(config)
+    calibrated = settings.static and settings.base == "float"
     return Method(
+        ranges=(COLLECTION,) if calibrated else (),
         dot=lambda base: partial(QuantDot, settings, base, name="quant"),
+        attend=quantized_attention.attend if settings.attention else None,
         prepare=partial(prepare, settings=settings, trainable=config.train.trainable),
+        calibrate=calibrate if calibrated else lambda variables, seen: variables,
         merge=merge,
     )

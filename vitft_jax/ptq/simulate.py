@@ -1,6 +1,7 @@
 """The quantised model in float arithmetic, where each layer can be switched back to float without compiling anew.
 
-For asking many times which layers to quantise. In float32 it is the int8 model, as long as sums of products stay below 2^24.
+For asking many times which layers to quantise; int8 attention has no switch. In float32 it is the int8 model, as long as
+sums of products stay below 2^24.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from vitft_jax import quantizer, tree
+from vitft_jax import quantized_attention, quantizer, tree
+from vitft_jax.methods import quant
 from vitft_jax.quantizer import Quantised
 from vitft_jax.step import Program
 
@@ -49,10 +51,11 @@ class SimulatedDot(nn.Module):
         return y * jnp.where(on, scale * kernel_scale, 1).astype(y.dtype)
 
 
-def program(base: Program, layers: Mapping[str, Layer], static: bool, weight_only: bool) -> Program:
+def program(base: Program, layers: Mapping[str, Layer], settings: quant.Settings) -> Program:
     """The simulated program; its variables are those of `variables`."""
-    dot = partial(SimulatedDot, frozenset(layers), static, weight_only, name="dot")
-    return replace(base, model=base.model.clone(dot_general_cls=dot))
+    dot = partial(SimulatedDot, frozenset(layers), settings.static, settings.weight_only, name="dot")
+    attend = quantized_attention.attend if settings.attention else None
+    return replace(base, model=base.model.clone(dot_general_cls=dot, attend=attend))
 
 
 def variables(

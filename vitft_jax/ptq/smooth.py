@@ -5,6 +5,11 @@
 The division is folded into what makes X, so in float nothing changes: the scale and bias of the LayerNorm before query, key
 and value and before fc1, and the value projection before out (attention is linear in the values). Between fc1 and fc2 stands
 a GELU, which nothing can be moved across.
+
+Alpha is searched on the layers' own outputs. To search it on the block's output takes a forward pass of the model for every
+choice and gains nothing with a scale per token: `python scripts/compare_smoothing.py` (bundled weights, 32 images) found
+errors of the features of 1.59 % by layer and 1.64 % by block, and of 1.55 % and 1.67 % with planted outliers. With one range
+per layer ('max'), it was 3.55 % and 3.21 %, 3.41 % and 2.70 %; without smoothing 2.88 %, and 116 % with the outliers.
 """
 
 from collections.abc import Mapping, Sequence
