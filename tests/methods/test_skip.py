@@ -1,13 +1,15 @@
 import functools
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import init, tiny
+from support import init, skipping, tiny
 
 from vitft_jax import attention, methods, optim, step, tree, vit
 from vitft_jax import config as configs
@@ -96,6 +98,30 @@ def test_ratio_zero_is_the_dense_model_to_the_bit(mode):
     np.testing.assert_array_equal(
         jax.jit(dense.clone(select=select).apply)(variables, IMAGES), jax.jit(dense.apply)(variables, IMAGES)
     )
+
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "skip.npz")  # described in scripts/make_golden.py
+
+
+@pytest.mark.parametrize("kind", ["plain", "distilled"])
+@pytest.mark.parametrize("case", json.loads(str(GOLDEN["cases"])))
+def test_logits_and_gradients_are_those_of_torch(case, kind):
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(str(GOLDEN["cases"]))[case].items()}
+    model = vit.ViT(**json.loads(str(GOLDEN["model"])), distilled=kind == "distilled", select=skipping(**settings))
+    images = np.float32(GOLDEN["images"])
+    shapes = tree.flatten(jax.eval_shape(model.init, jax.random.key(0), images)["params"])
+    ends = np.cumsum([shapes[name].size for name in sorted(shapes)])
+    values = np.split(np.float32(GOLDEN[f"parameters/{kind}"]), ends)
+    leaves = {name: value.reshape(shapes[name].shape) for name, value in zip(sorted(shapes), values, strict=False)}
+    assert values[-1].size == 0  # nothing is left over
+
+    def loss(position):
+        logits = model.apply({"params": tree.unflatten({**leaves, "embed/position": position})}, images)
+        return jnp.sin(logits).sum(), logits
+
+    gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(leaves["embed/position"])
+    np.testing.assert_allclose(logits, GOLDEN[f"logits/{kind}/{case}"], atol=1e-5)
+    np.testing.assert_allclose(gradient, GOLDEN[f"gradient/{kind}/{case}"], atol=1e-5)
 
 
 class Trace:
