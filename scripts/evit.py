@@ -1,4 +1,4 @@
-"""A small EViT in torch, the independent reference of token skipping: for `make_golden.py` and the tests of the extra `interop`."""
+"""A small EViT in torch, the independent reference of token skipping: for `make_golden.py` and the interop tests."""
 
 import math
 from collections.abc import Mapping

@@ -1,11 +1,10 @@
-"""Writes `tests/golden/*.npz`: tiny random models of transformers and timm with their logits, a run of PEFT's AdaLoRA,
-and token skipping by a small EViT.
+"""Writes `tests/golden/*.npz`: what transformers, timm, PEFT and a small EViT in torch compute with tiny random models.
 
     PYTHONPATH=. python scripts/make_golden.py
 
-Needs the extra `interop`. The file of a model holds `config` (the library's config.json, as text), `tensor/<name>` as the
-library writes them, and `image/<size>` (NCHW) with `logits/<size>`. Size 16 is native; 24 and 12 resample the positions.
-`adalora.npz` is described at `peft_adalora`, `skip.npz` at `skipping`.
+Needs the extra `interop`. The file of a model of transformers or timm holds `config` (the library's config.json, as text),
+`tensor/<name>` as the library writes them, and `image/<size>` (NCHW) with `logits/<size>`. Size 16 is native; 24 and 12
+resample the positions. `adalora.npz` is described at `peft_adalora`, `skip.npz` at `skipping`.
 """
 
 import json
