@@ -6,30 +6,24 @@
                                                                # backward, matmul its product x @ W alone
     python scripts/benchmark.py skip                           # token skipping: forward at batch 1, 8 and 32, LoRA step at 8
 
-Every contestant is a process of its own that compiles, warms up and then waits for its turn; the rounds go through all of
-them, so each ratio compares neighbours in time and a machine that slows down slows everybody. A row gives the median images
-per second with its quartiles, the ratio to the peer (median over rounds, quartiles), the peak memory, and the start-up: from
-the start of the process until its first step is done. Peers need the extra `interop`.
+Contestants are processes that take turns (see contest.py). A row gives the median images per second with its quartiles, the
+ratio to the peer (median over rounds, quartiles), the peak memory, and the start-up: from the start of the process until its
+first step is done. Peers need the extra `interop`.
 
 In the rows of `skip` the ratio is to our own dense model; beside each setting stands what its FLOPs alone would give.
 """
 
 import argparse
-import json
 import os
 import platform
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from importlib import metadata
 from typing import Any
+
+from contest import Contestant, Work, race, serve, spread
 
 CLASSES, LEARNING_RATE, RANK, ALPHA = 3, 1e-4, 8, 16.0
 ADALORA = {"init_r": 12, "target_r": 8, "lora_alpha": 24}
 STEPS = 10_000  # length of the run that a step is taken from: in AdaLoRA's, ranks begin to fall after a tenth
-WARM_UP = 4
 TASKS = {  # task: contestants, ours first
     "forward": ("ours", "transformers", "timm"),
     "lora": ("ours", "peft"),
@@ -57,7 +51,6 @@ SKIP = {  # after them; before them; after them, with all tokens back in the las
     "early": ("skip.layers=2,5,8", "skip.drop_ratio=0.3"),
     "rejoin": ("skip.layers=3,6,9", "skip.drop_ratio=0.3", "skip.rejoin=11"),
 }
-Turn = Callable[[], None]
 
 
 def batch_of(task: str, options: argparse.Namespace) -> int:
@@ -97,7 +90,7 @@ def our_model(task: str, name: str, options: argparse.Namespace) -> tuple[Any, A
     return config, method, model
 
 
-def ours(task: str, name: str, options: argparse.Namespace) -> Turn:
+def ours(task: str, name: str, options: argparse.Namespace) -> Work:
     """The steps that `vitft_jax.train` and `vitft_jax.evaluate` run."""
     import jax
     import jax.numpy as jnp
@@ -128,7 +121,7 @@ def ours(task: str, name: str, options: argparse.Namespace) -> Turn:
     return turn
 
 
-def torch_peer(task: str, name: str, options: argparse.Namespace) -> Turn:
+def torch_peer(task: str, name: str, options: argparse.Namespace) -> Work:
     """The same work by transformers (with PEFT for adapters), timm or ONNX Runtime."""
     import torch
 
@@ -220,7 +213,7 @@ def torch_peer(task: str, name: str, options: argparse.Namespace) -> Turn:
     return turn
 
 
-def onnx_peer(model: Any, images: Any) -> Turn:
+def onnx_peer(model: Any, images: Any) -> Work:
     """The torch model exported to ONNX and quantised dynamically by ONNX Runtime, with its defaults."""
     import tempfile
     from pathlib import Path
@@ -247,7 +240,7 @@ def layer_shape(options: argparse.Namespace) -> tuple[int, int, int, int]:
     return (options.size // shape["patch"]) ** 2 + 1, shape["width"], shape["heads"], shape["hidden"]
 
 
-def torch_layer(task: str, options: argparse.Namespace) -> Turn:
+def torch_layer(task: str, options: argparse.Namespace) -> Work:
     """Forward and backward of a part of a layer by torch; of the product, forward alone."""
     import torch
 
@@ -277,7 +270,7 @@ def torch_layer(task: str, options: argparse.Namespace) -> Turn:
     return turn
 
 
-def jax_layer(task: str, options: argparse.Namespace, autodiff: bool) -> Turn:
+def jax_layer(task: str, options: argparse.Namespace, autodiff: bool) -> Work:
     """Forward and backward of a part of a layer: ours, or JAX's own."""
     import jax
     import jax.numpy as jnp
@@ -320,7 +313,7 @@ def jax_layer(task: str, options: argparse.Namespace, autodiff: bool) -> Turn:
     return lambda: jax.block_until_ready(both(x, g))
 
 
-def default_run(name: str, options: argparse.Namespace) -> Turn:
+def default_run(name: str, options: argparse.Namespace) -> Work:
     """A batch from the input pipeline of the default run, or its LoRA step on one."""
     import jax
 
@@ -356,7 +349,7 @@ def default_run(name: str, options: argparse.Namespace) -> Turn:
     return turn
 
 
-def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
+def contestant(task: str, name: str, options: argparse.Namespace) -> Work:
     """The work of one contestant as a function to be timed."""
     if task == "input":
         return default_run(name, options)
@@ -366,83 +359,20 @@ def contestant(task: str, name: str, options: argparse.Namespace) -> Turn:
     return ours(task, name, options) if mine else torch_peer(task, name, options)
 
 
-def serve(task: str, name: str, options: argparse.Namespace) -> None:
-    """A contestant's process: warms up, then answers each line on its input with the seconds of one turn."""
-    import resource
-
-    turn = contestant(task, name, options)
-    turn()
-    if name in ("ours", "float", "lora", *SKIP):
-        from vitft_jax import runtime
-
-        runtime.release()  # as train.py does after its first step
-    print(json.dumps({"ready": time.time()}), flush=True)
-    for _ in range(WARM_UP):
-        turn()
-    for _ in sys.stdin:
-        turns = []
-        for _ in range(options.turns):
-            start = time.perf_counter()
-            turn()
-            turns.append(time.perf_counter() - start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"seconds": statistics.median(turns), "peak_mib": peak}), flush=True)
-
-
-class Contestant:
-    """The parent's side of `serve`."""
-
-    def __init__(self, task: str, name: str, arguments: list[str]) -> None:
-        started = time.time()
-        self.name = name
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, task, "--serve", name, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.start_up = self._read()["ready"] - started
-        self.seconds: list[float] = []
-        self.peak_mib = 0.0
-
-    def turn(self) -> None:
-        """Takes one turn and notes it."""
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        answer = self._read()
-        self.seconds.append(answer["seconds"])
-        self.peak_mib = answer["peak_mib"]
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _read(self) -> dict[str, float]:
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"{self.name} ended early; its error stands above")
-        return json.loads(line)
-
-
-def race(task: str, options: argparse.Namespace, arguments: list[str]) -> list[str]:
+def rows(task: str, options: argparse.Namespace, arguments: list[str]) -> list[str]:
     """Runs the contestants of a task in turn; returns the rows of its table."""
-    contestants = [Contestant(task, name, arguments) for name in TASKS[task]]
-    for _ in range(options.rounds):
-        for c in contestants:
-            c.turn()
+    contestants = [Contestant(name, [__file__, task, "--serve", name, *arguments]) for name in TASKS[task]]
+    race(contestants, options.rounds)
+    mine, found = contestants[0], []
     for c in contestants:
-        c.close()
-    mine, rows = contestants[0], []
-    for c in contestants:
-        speeds = [batch_of(task, options) / s for s in c.seconds]
-        ratios = [theirs / ours_ for theirs, ours_ in zip(c.seconds, mine.seconds, strict=True)]
-        ratio, label = "" if c is mine else _spread(ratios, "x"), c.name
+        speeds = [batch_of(task, options) / s for s in c.seconds[task]]
+        ratios = [theirs / ours_ for theirs, ours_ in zip(c.seconds[task], mine.seconds[task], strict=True)]
+        ratio, label = "" if c is mine else spread(ratios, "x"), c.name
         if c is not mine and mine.name == "dense":  # here it is the first that is to be beaten
-            ratio = f"{_spread([1 / r for r in ratios], 'x')} the speed of dense"
+            ratio = f"{spread([1 / r for r in ratios], 'x')} the speed of dense"
             label = f"{c.name} (FLOPs: {1 / flops_ratio(task, c.name, options):.2f}x)"
-        rows.append(f"| {task} | {label} | {_spread(speeds)} | {ratio} | {c.peak_mib:.0f} | {c.start_up:.1f} |")
-    return rows
+        found.append(f"| {task} | {label} | {spread(speeds)} | {ratio} | {c.peak_mib:.0f} | {c.start_up:.1f} |")
+    return found
 
 
 def flops_ratio(task: str, name: str, options: argparse.Namespace) -> float:
@@ -452,9 +382,11 @@ def flops_ratio(task: str, name: str, options: argparse.Namespace) -> float:
     return flops.report(our_model(task, name, options)[2], options.size)["ratio"]
 
 
-def _spread(values: list[float], unit: str = "") -> str:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return f"{middle:.2f}{unit} ({low:.2f} to {high:.2f})"
+def release() -> None:
+    """Gives memory back as train.py does after its first step."""
+    from vitft_jax import runtime
+
+    runtime.release()
 
 
 def main() -> None:
@@ -474,7 +406,9 @@ def main() -> None:
         if task not in TASKS:
             arguments.error(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     if options.serve:
-        return serve(options.tasks[0], options.serve, options)
+        task, name = options.tasks[0], options.serve
+        tidy = release if name in ("ours", "float", "lora", *SKIP) else lambda: None
+        return serve({task: contestant(task, name, options)}, steps=options.turns, tidy=tidy)
 
     versions = {
         name: metadata.version(name) for name in ("jax", "torch", "transformers", "peft", "timm", "onnxruntime")
@@ -487,7 +421,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     passed = [f"--{key}={getattr(options, key)}" for key in ("model", "size", "batch", "dtype", "turns")]
     for task in options.tasks:
-        for row in race(task, options, passed):
+        for row in rows(task, options, passed):
             print(row, flush=True)
     return None
 

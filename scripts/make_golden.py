@@ -1,10 +1,10 @@
-"""Writes `tests/golden/*.npz`: tiny random models of transformers and timm with their logits, and a run of PEFT's AdaLoRA.
+"""Writes `tests/golden/*.npz`: what transformers, timm, PEFT and a small EViT in torch compute with tiny random models.
 
     PYTHONPATH=. python scripts/make_golden.py
 
-Needs the extra `interop`. The file of a model holds `config` (the library's config.json, as text), `tensor/<name>` as the
-library writes them, and `image/<size>` (NCHW) with `logits/<size>`. Size 16 is native; 24 and 12 resample the positions.
-`adalora.npz` is described at `peft_adalora`.
+Needs the extra `interop`. The file of a model of transformers or timm holds `config` (the library's config.json, as text),
+`tensor/<name>` as the library writes them, and `image/<size>` (NCHW) with `logits/<size>`. Size 16 is native; 24 and 12
+resample the positions. `adalora.npz` is described at `peft_adalora`, `skip.npz` at `skipping`.
 """
 
 import json
@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import evit
 import numpy as np
 import timm
 import torch
@@ -51,6 +52,8 @@ ADALORA = {  # of adalora.npz; tests/peft_names.py states the same settings in o
     "total_step": 20,
     "target_modules": ["q_proj", "k_proj", "v_proj"],
 }
+
+SKIP = {"patch": 4, "width": 16, "depth": 4, "heads": 2, "hidden": 16, "classes": CLASSES}  # model of skip.npz
 
 
 def randomise(model: torch.nn.Module) -> torch.nn.Module:
@@ -195,6 +198,38 @@ def peft_adalora() -> dict[str, np.ndarray]:
     return arrays | {name: np.stack(values) for name, values in steps.items()}
 
 
+def skipping() -> dict[str, np.ndarray]:
+    """Records token skipping by `evit`, for a model without and one with a distillation token.
+
+    Holds `model` and `cases` (settings of `config.skip`) as JSON text, `images` (NHWC), and for each kind `plain` and
+    `distilled`: `parameters/<kind>`, all of them in one vector, in the order of their names; `logits/<kind>/<case>`; and
+    `gradient/<kind>/<case>`, that of the sum of the logits' sines with respect to the position embeddings. Parameters and
+    images are float16, so that the file is small.
+    """
+    import jax
+
+    from vitft_jax import tree, vit
+
+    images = torch.randn(2, SIZES[0], SIZES[0], 3).half()
+    arrays = {name: np.array(json.dumps(value)) for name, value in (("model", SKIP), ("cases", evit.CASES))}
+    arrays["images"] = images.numpy()
+    for kind in ("plain", "distilled"):
+        model = vit.ViT(**SKIP, distilled=kind == "distilled")
+        shapes = tree.flatten(jax.eval_shape(model.init, jax.random.key(0), images.float().numpy())["params"])
+        drawn = {
+            name: (float(name.endswith("scale")) + 0.3 * torch.randn(shapes[name].shape)).half()
+            for name in sorted(shapes)
+        }
+        arrays[f"parameters/{kind}"] = np.concatenate([leaf.numpy().ravel() for leaf in drawn.values()])
+        for case, settings in evit.CASES.items():
+            p = {name: leaf.float() for name, leaf in drawn.items()}
+            position = p["embed/position"].requires_grad_()
+            logits = evit.logits(p, images.float(), SKIP["heads"], SKIP["patch"], settings)
+            (gradient,) = torch.autograd.grad(logits.sin().sum(), position)
+            arrays |= {f"logits/{kind}/{case}": logits.detach().numpy(), f"gradient/{kind}/{case}": gradient.numpy()}
+    return arrays
+
+
 def make() -> dict[str, Callable[[], tuple[dict, str, Callable]]]:
     """The families: name of the golden file to what makes it."""
     t = transformers
@@ -229,10 +264,10 @@ def with_logits(tensors: dict, config: str, logits: Callable) -> dict[str, np.nd
 def main() -> None:
     """Writes all files, or those named on the command line."""
     GOLDEN.mkdir(parents=True, exist_ok=True)
-    families = make()
-    for name in sys.argv[1:] or [*families, "adalora"]:
+    families, others = make(), {"adalora": peft_adalora, "skip": skipping}
+    for name in sys.argv[1:] or [*families, *others]:
         torch.manual_seed(zlib.crc32(name.encode()))
-        arrays = peft_adalora() if name == "adalora" else with_logits(*families[name]())
+        arrays = others[name]() if name in others else with_logits(*families[name]())
         np.savez_compressed(GOLDEN / f"{name}.npz", **arrays)
         spread = float(np.std(arrays["logits/16"])) if "logits/16" in arrays else None
         print(json.dumps({"name": name, "logits_std": spread, "bytes": (GOLDEN / f"{name}.npz").stat().st_size}))

@@ -8,6 +8,7 @@ import numpy as np
 
 from vitft_jax import config as configs
 from vitft_jax import methods, tree, vit
+from vitft_jax.methods import skip
 
 TINY = {"patch": 4, "width": 32, "depth": 2, "heads": 4, "hidden": 64}
 
@@ -35,6 +36,13 @@ def lora_config(method="lora", **changes):
     config.methods = (method,)
     config.lora.update(changes)
     return config
+
+
+def skipping(**changes):
+    """The selector of a config with these settings of skipping."""
+    config = configs.default()
+    config.skip.update(changes)
+    return skip.selector(config.skip)
 
 
 def adapted(name="lora", random=True, model=None, **changes):

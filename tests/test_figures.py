@@ -1,4 +1,5 @@
 import numpy as np
+from matplotlib.contour import QuadContourSet
 
 from vitft_jax import figures
 
@@ -18,6 +19,9 @@ def test_patches_are_dimmed_where_the_mask_is_false_and_nowhere_else():
 
 def test_a_sheet_has_a_row_for_each_image_and_a_column_for_each_block():
     pictures, masks = np.zeros((2, 8, 8, 3), np.uint8), {0: np.ones((2, 4), bool), 3: np.eye(2, 4, dtype=bool)}
-    titles = [axis.get_title() for axis in figures.sheet(pictures, masks, ["a.png", "b.png"]).axes]
-    stages = ["after block 0: 4 of 4", "after block 3: 1 of 4"]
-    assert titles == ["a.png", *stages, "b.png", *stages]
+    sheet = figures.sheet(pictures, masks, ["a.png", "b.png"])
+    stages = ["after block 0\n4 of 4 patches go on", "after block 3\n1 of 4 patches go on"]
+    assert [axis.get_title() for axis in sheet.axes] == ["a.png", *stages, "b.png", *stages]
+    assert "take no part" in sheet.get_suptitle()
+    drawn = [sum(isinstance(item, QuadContourSet) for item in axis.collections) for axis in sheet.axes]
+    assert drawn == [0, 0, 1, 0, 0, 1]  # an outline where some go on and others not

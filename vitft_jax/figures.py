@@ -13,10 +13,9 @@ from vitft_jax.config import Config
 from vitft_jax.errors import InputError
 
 _INCH = 2.2  # side of one image
-_DIMMED, _TINT = (
-    0.3,
-    np.array([90, 20, 20]),
-)  # patches that do not take part: darker, and reddish so that black shows it
+_DIMMED = 0.3  # of the brightness of patches that do not take part
+_TINT = np.array([110, 20, 20])  # and reddish, so that black shows it
+_CAPTION = "Dark red: patches that take no part in the blocks that follow"
 
 
 def chosen(config: Config, dataset: data.Dataset) -> np.ndarray:
@@ -57,7 +56,7 @@ def _masks(trainable: Any, frozen: Any, pictures: np.ndarray, program: step.Prog
 
 
 def sheet(pictures: np.ndarray, masks: Mapping[int, np.ndarray], titles: list[str]) -> Figure:
-    """A row for each image: as it is, then with the patches dimmed that do not go on after a block.
+    """A row for each image: as it is, then with the patches dimmed that do not go on after a block, and the others outlined.
 
     Args:
         pictures: uint8 `(B, S, S, 3)`.
@@ -65,14 +64,17 @@ def sheet(pictures: np.ndarray, masks: Mapping[int, np.ndarray], titles: list[st
         titles: Of the images.
     """
     columns = 1 + len(masks)
-    figure = Figure(figsize=(_INCH * columns, (_INCH + 0.3) * len(pictures)), layout="constrained")
+    figure = Figure(figsize=(_INCH * columns, (_INCH + 0.4) * len(pictures) + 0.3), layout="constrained")
+    figure.suptitle(_CAPTION, fontsize=8)
     axes = figure.subplots(len(pictures), columns, squeeze=False)
     for i, picture in enumerate(pictures):
         axes[i, 0].imshow(picture)
         axes[i, 0].set_title(titles[i], fontsize=7)
         for axis, (block, mask) in zip(axes[i, 1:], masks.items(), strict=True):
             axis.imshow(dim(picture, mask[i]))
-            axis.set_title(f"after block {block}: {mask[i].sum()} of {mask[i].size}", fontsize=7)
+            if 0 < mask[i].sum() < mask[i].size:  # without colours the outline tells dark tissue from what is dimmed
+                axis.contour(_pixels(picture, mask[i]), [0.5], colors="white", linewidths=0.7)
+            axis.set_title(f"after block {block}\n{mask[i].sum()} of {mask[i].size} patches go on", fontsize=7)
     for axis in axes.flat:
         axis.axis("off")
     return figure
@@ -80,7 +82,12 @@ def sheet(pictures: np.ndarray, masks: Mapping[int, np.ndarray], titles: list[st
 
 def dim(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Dims the square patches of a picture `(S, S, 3)` where `mask` `(patches,)` is false."""
+    whole = _pixels(picture, mask)[:, :, None]
+    return np.where(whole, picture, _DIMMED * picture + _TINT * (1 - _DIMMED)).astype(np.uint8)
+
+
+def _pixels(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The mask `(patches,)` of square patches, for each pixel of a picture `(S, S, 3)`."""
     side = round(mask.size**0.5)
     scale = picture.shape[0] // side
-    whole = mask.reshape(side, side).repeat(scale, axis=0).repeat(scale, axis=1)[:, :, None]
-    return np.where(whole, picture, _DIMMED * picture + _TINT * (1 - _DIMMED)).astype(np.uint8)
+    return mask.reshape(side, side).repeat(scale, axis=0).repeat(scale, axis=1)

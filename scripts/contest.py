@@ -1,0 +1,133 @@
+"""Times contestants side by side: each is a process of its own, and only one of them computes at a time.
+
+A contestant does its work once, which compiles it, and a few times more to warm up; then it waits for its turns. The rounds go
+through all contestants, so each ratio compares neighbours in time and a machine that slows down slows everybody.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+Work = Callable[[], object]
+WARM_UP = 4
+
+
+def serve(
+    works: Mapping[str, Work], *, steps: int, tidy: Callable[[], None] = lambda: None, lean: bool = False
+) -> None:
+    """A contestant's process: warms up, then answers each line on its input, the name of a work, with the seconds of a step.
+
+    Standard output is for the answers; what works print there goes to standard error.
+
+    Args:
+        works: What it can do, by name.
+        steps: In a turn; the answer is their median.
+        tidy: Called after each work's first step, which leaves a compiler's memory behind.
+        lean: Also between turns, so that those who wait hold little memory; the first step of a turn, which fetches it
+            again, is then not timed.
+    """
+    import resource
+
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def answer(**values: object) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
+    first = None
+    for work in works.values():
+        work()
+        first = first or time.time()
+        tidy()
+        for _ in range(WARM_UP):
+            work()
+        if lean:
+            tidy()
+    answer(first_step=first, works=list(works))
+    for line in sys.stdin:
+        work = works[line.rstrip("\n")]
+        if lean:
+            work()
+        seconds = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        if lean:
+            tidy()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        answer(seconds=statistics.median(seconds), peak_mib=peak)
+
+
+class Contestant:
+    """The parent's side of `serve`.
+
+    Attributes:
+        name: Of the contestant.
+        works: What it can do.
+        seconds: Of a step, by work, one value a round.
+        start_up: Seconds from the start of the process until its first step is done.
+        peak_mib: Its peak memory so far.
+    """
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        """Starts the process, a Python script with its arguments that calls `serve`, and waits until it is warm."""
+        started = time.time()
+        self._process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.name = name
+        ready = self._read()
+        self.start_up = ready["first_step"] - started
+        self.works: list[str] = ready["works"]
+        self.seconds: dict[str, list[float]] = {work: [] for work in self.works}
+        self.peak_mib = 0.0
+
+    def turn(self, work: str) -> None:
+        """Takes one turn and notes it."""
+        self._process.stdin.write(f"{work}\n")
+        self._process.stdin.flush()
+        answer = self._read()
+        self.seconds[work].append(answer["seconds"])
+        self.peak_mib = answer["peak_mib"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.name} ended early; its error stands above")
+        return json.loads(line)
+
+
+def race(contestants: Sequence[Contestant], rounds: int) -> None:
+    """Lets every contestant take a turn at all of its works in each round, work by work, and ends their processes."""
+    works = dict.fromkeys(work for contestant in contestants for work in contestant.works)
+    for _ in range(rounds):
+        for work in works:
+            for contestant in contestants:
+                if work in contestant.works:
+                    contestant.turn(work)
+    for contestant in contestants:
+        contestant.close()
+
+
+def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
+    """The lower one, the median and the upper one."""
+    values = list(values)
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return low, middle, high
+
+
+def spread(values: Iterable[float], unit: str = "", digits: int = 2) -> str:
+    """Median with quartiles, as text."""
+    low, middle, high = quartiles(values)
+    return f"{middle:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"

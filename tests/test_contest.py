@@ -1,0 +1,72 @@
+"""Timing side by side, by scripts/contest.py."""
+
+from pathlib import Path
+
+import contest
+import pytest
+
+SCRIPT = """
+import sys, time
+import contest
+
+log, name, *works = sys.argv[1:]
+
+def write(text):
+    with open(log, "a") as file:
+        file.write(f"{name} {text}\\n")
+
+def work(which):
+    write(f"{which} begins")
+    print("what a work prints is no answer")
+    time.sleep(0.01)
+    write(f"{which} ends")
+
+contest.serve({w: lambda w=w: work(w) for w in works}, steps=3, tidy=lambda: write("tidies"), lean=name == "lean")
+"""
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts a contestant by name and works; `start.log` holds what all of them did."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(contest.__file__).parent))
+    (tmp_path / "contestant.py").write_text(SCRIPT)
+
+    def start(name, *works):
+        return contest.Contestant(name, [str(tmp_path / "contestant.py"), str(tmp_path / "log"), name, *works])
+
+    start.log = tmp_path / "log"
+    return start
+
+
+def test_contestants_take_turns_and_never_work_at_once(start):
+    contestants = [start("lean", "one", "two"), start("kept", "two")]
+    warm = start.log.read_text().splitlines()
+    contest.race(contestants, rounds=2)
+    assert [{w: len(s) for w, s in c.seconds.items()} for c in contestants] == [{"one": 2, "two": 2}, {"two": 2}]
+    for c in contestants:
+        assert all(0.01 <= s < c.start_up for seconds in c.seconds.values() for s in seconds)
+        assert c.peak_mib > 1
+
+    lines = start.log.read_text().splitlines()
+    works = [line for line in lines if not line.endswith("tidies")]
+    for first, second in zip(works[::2], works[1::2], strict=True):
+        assert (first.removesuffix("begins"), first[-6:]) == (second.removesuffix("ends"), "begins")
+    assert warm.count("kept two begins") == warm.count("lean one begins") == 1 + contest.WARM_UP
+
+    begun = [line.removesuffix(" begins") for line in lines[len(warm) :] if line.endswith("begins")]
+    assert begun == (["lean one"] * 4 + ["lean two"] * 4 + ["kept two"] * 3) * 2  # the first of a lean one is not timed
+    assert lines[len(warm) :].count("lean tidies") == 4
+    assert lines[len(warm) :].count("kept tidies") == 0
+
+
+def test_one_that_fails_ends_the_race(start):
+    contestant = start("kept", "one")
+    contestant.works = ["one", "unknown"]
+    contestant.seconds["unknown"] = []
+    with pytest.raises(SystemExit, match="kept ended early"):
+        contest.race([contestant], rounds=1)
+
+
+def test_spread_is_the_median_with_quartiles():
+    assert contest.spread([1, 2, 3, 4, 5], "x", digits=1) == "3.0x (1.5 to 4.5)"
+    assert contest.spread(iter([2.0])) == "2.00 (2.00 to 2.00)"
