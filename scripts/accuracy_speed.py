@@ -199,7 +199,7 @@ def picture(runs: Sequence[Run], found: Sequence[dict[str, list[float]]], batch:
             color="0.55", linewidth=1, capsize=3, markersize=8, markeredgecolor="black", label=r.kind, **MARKERS[r.kind],
         )  # fmt: skip
         points.append((x, y["value"]))
-        bars += [((x, y["low"]), (x, y["high"]))]
+        bars += [((x, y["low"]), (x, y["high"])), ((low, y["value"]), (high, y["value"]))]
         names.append(r.skips.replace("; ", "\n") if unique else r.path.name)
     axes.margins(x=0.15)
     axes.set_xlabel(f"inference, images per second in batches of {batch} (median and quartiles)")
