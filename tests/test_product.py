@@ -35,6 +35,9 @@ def test_gradients_keep_bfloat16():
 @pytest.mark.parametrize(("method", "products"), [("", 3), ("lora", 3), ("adalora", 3), ("quant", 2)])
 def test_every_bfloat16_product_of_a_step_reads_rows(method, products):
     """Backward products included: contraction over the last axis of the left and the first of the right operand."""
+    rows = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+    if "= bf16[64,64]{1,0} dot(" not in jax.jit(jnp.matmul).lower(rows, rows).compile().as_text():
+        pytest.skip("the XLA of this jax multiplies bfloat16 in float32 on a CPU, however it is laid out")
     config = configs.default()
     config.methods = (method,) * bool(method)
     loaded = methods.load(config)
