@@ -1,8 +1,8 @@
 """The product of a linear layer, with a backward pass laid out for speed.
 
 XLA's fast bfloat16 products on a CPU (AMX) read row-major matrices. Where an operand is transposed, as autodiff's backward
-pass has it, it converts both to float32 and multiplies those, ten times slower or more. So here an operand is first transposed in
-memory, and of the two in a kernel's gradient it is the thinner one. `python scripts/benchmark.py linear --dtype bfloat16`
+pass has it, it converts both to float32 and multiplies those, ten times slower or more. So here an operand is first transposed
+in memory, and of the two in a kernel's gradient it is the thinner one. `python scripts/benchmark.py linear --dtype bfloat16`
 compares with autodiff.
 """
 
