@@ -53,7 +53,7 @@ def default() -> Config:
     a.cutmix = 0.0  # the same when pairs exchange a box, such as 1; with both on, each batch gets one of them; 0 = off
 
     c.model = m = Config()
-    m.pretrained = "bundled"  # a directory or file of weights, or a Hugging Face Hub id; '' = random
+    m.pretrained = "bundled"  # a directory or file of weights, a run of train, or a Hugging Face Hub id; '' = random
     m.revision = ""  # commit, tag or branch of a Hub id; '' = its main branch, and the run records the commit
     m.name = ""  # a key of vit.VARIANTS; '' = as the weights say
     m.features = ""  # input of the head: 'cls', 'mean' or 'cls+mean'; '' = as the weights say

@@ -105,7 +105,7 @@ def load(source: str, revision: str = "", name: str = "") -> Pretrained:
         problems.append(f"config.json names {len(classes)} classes, the head has {outputs}")
     _raise_any(problems, f"{weights.source}: does not hold a whole ViT of {model} for {image_size} pixels")
     if name:
-        _confirm(name, model, weights.source)
+        confirm(name, model, weights.source)
 
     mean, std = _normalisation(weights, IMAGENET if model["distilled"] or model["layer_scale"] else HALF)
     return Pretrained(
@@ -200,7 +200,12 @@ def _raise_any(problems: list[str], headline: str) -> None:
         raise InputError(f"{headline}; {len(problems)} problem{'s' * (len(problems) > 1)}:{listed}{more}")
 
 
-def _confirm(name: str, model: dict[str, Any], source: str) -> None:
+def confirm(name: str, model: dict[str, Any], source: str) -> None:
+    """Holds a model against the architecture that the config names, a key of `vit.VARIANTS`.
+
+    Raises:
+        InputError: They differ.
+    """
     # What the head reads is the user's choice, so it is no part of the architecture here.
     wanted = {"distilled": False, "layer_scale": False, **VARIANTS[name]}
     wanted.pop("features", None)

@@ -5,6 +5,7 @@ is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv` a
 is something to draw, and `evaluations/` where the run was evaluated under other settings.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -19,6 +20,7 @@ import numpy as np
 
 from vitft_jax import config as configs
 from vitft_jax import data, methods, optim, pretrained, report, tree
+from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.step import Program
 from vitft_jax.vit import VARIANTS, ViT
@@ -96,10 +98,56 @@ def resolve(
     """
     source = None
     if config.model.pretrained and whole is None:
-        source = pretrained.load(config.model.pretrained, config.model.revision, config.model.name)
+        workdir = Path(config.model.pretrained).expanduser()
+        if Folder(workdir).exists:
+            if config.model.revision:
+                raise InputError(f"config key model.revision={config.model.revision!r} is for Hub ids, {workdir} is a run")
+            source = finetuned(workdir, config.model.name)
+        else:
+            source = pretrained.load(config.model.pretrained, config.model.revision, config.model.name)
     config = configs.absolute(config)
     config.data.image_size = config.data.image_size or (source.image_size if source else 224)
     return config, source
+
+
+def finetuned(workdir: Path, name: str = "") -> pretrained.Pretrained:
+    """The best model of a run as base weights of another: adapters merged, and the head, which stays where the classes do.
+
+    Args:
+        workdir: The folder of the run; its base weights and its data must still be where they were.
+        name: Key of `vit.VARIANTS` that the architecture must agree with; '' for no such check.
+
+    Raises:
+        InputError: The run has no checkpoint, is quantised, or has another architecture; or as `resolve` and `build`.
+    """
+    folder = Folder(workdir)
+    if folder.whole() is not None:
+        raise InputError(f"model.pretrained={workdir}: is an int8 model; give the run that it was made from")
+    config, source = resolve(folder.config())
+    dataset = folder.dataset(config)
+    built = build(config, dataset, source)
+    folder.open(config, dataset, built)
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        trainable, _ = checkpoints.restore_best(built.trainable)
+    params = built.program.method.merge(tree.join(trainable, built.frozen))["params"]
+    model = {key: getattr(built.program.model, key) for key in ARCHITECTURE}
+    if name:
+        pretrained.confirm(name, model, str(workdir))
+    digest = hashlib.sha256(built.weights.sha256.encode())
+    for leaf_name, leaf in sorted(tree.flatten(trainable).items()):
+        digest.update(leaf_name.encode() + np.asarray(leaf).tobytes())
+    return pretrained.Pretrained(
+        model=model,
+        params=jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params),
+        classes=dataset.classes,
+        image_size=config.data.image_size,
+        mean=built.program.mean,
+        std=built.program.std,
+        antialias=source.antialias if source else True,
+        source=str(workdir.resolve()),
+        revision="",
+        sha256=digest.hexdigest(),
+    )
 
 
 def build(
