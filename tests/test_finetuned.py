@@ -89,7 +89,7 @@ def test_a_first_run_that_changed_is_noticed(first, tmp_path):
     shutil.rmtree(tmp_path / "first")
     again.train.lr = 2e-2
     train.train(again, tmp_path / "first")
-    with pytest.raises(InputError, match="its weights were .* when it was started"):
+    with pytest.raises(InputError, match=r"its weights were .* when it was started"):
         train.train(config, tmp_path / "second")
 
 

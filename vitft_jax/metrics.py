@@ -72,7 +72,7 @@ def intervals(
     Returns:
         ``{metric: {value, low, high}}``; `low` and `high` span `level` of the resamples in which the metric is defined.
     """
-    return _bootstrap(lambda rows: compute(p[rows], labels[rows], multilabel), groups, resamples, level, seed)
+    return bootstrap(lambda rows: compute(p[rows], labels[rows], multilabel), groups, resamples, level, seed)
 
 
 def change(
@@ -91,11 +91,15 @@ def change(
         old, new = (compute(p[rows], labels[rows], multilabel) for p in (before, after))
         return {name: new[name] - old[name] for name in old}
 
-    return _bootstrap(difference, groups, resamples, level, seed)
+    return bootstrap(difference, groups, resamples, level, seed)
 
 
-def _bootstrap(
-    function: Callable[[np.ndarray], dict[str, float]], groups: Sequence[str], resamples: int, level: float, seed: int
+def bootstrap(
+    function: Callable[[np.ndarray], dict[str, float]],
+    groups: Sequence[str],
+    resamples: int,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Values of ``function(rows)`` on all rows, with percentile intervals over resamples of whole groups."""
     values = function(np.arange(len(groups)))

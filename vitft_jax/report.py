@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from vitft_jax import metrics
 from vitft_jax.data import Dataset
+from vitft_jax.errors import InputError
 
 PACKAGES = ("vitft_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scikit-learn")
 PLAIN_LINES = 40
@@ -127,6 +129,55 @@ def write_predictions(path: Path, dataset: Dataset, indices: np.ndarray, p: np.n
                 + [f"{x:.6f}" for x in probabilities]
             )
     os.replace(part, path)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said about a split, as `write_predictions` wrote it.
+
+    Attributes:
+        names: Of the images.
+        groups: Of the images.
+        labels: `(n,)`, or `(n, C)` of 0 and 1.
+        probabilities: `(n, C)`, to six digits.
+        classes: Names of the columns.
+    """
+
+    names: tuple[str, ...]
+    groups: tuple[str, ...]
+    labels: np.ndarray
+    probabilities: np.ndarray
+    classes: tuple[str, ...]
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image has several labels."""
+        return self.labels.ndim == 2
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Inverse of `write_predictions`.
+
+    Raises:
+        InputError: The file is not there, or is no such table.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        classes = tuple(column.removeprefix("p:") for column in rows[0] if column.startswith("p:"))
+        if "true" in rows[0]:
+            labels = np.array([classes.index(row["true"]) for row in rows])
+        else:
+            labels = np.array([[float(row[f"true:{c}"]) for c in classes] for row in rows])
+        return Predictions(
+            tuple(row["path"] for row in rows),
+            tuple(row["group"] for row in rows),
+            labels,
+            np.array([[float(row[f"p:{c}"]) for c in classes] for row in rows]),
+            classes,
+        )
+    except (OSError, IndexError, KeyError, ValueError) as error:
+        raise InputError(f"{path}: no table of predictions as train and evaluate write them: {error!r}") from None
 
 
 def environment() -> dict[str, Any]:

@@ -101,7 +101,9 @@ def resolve(
         workdir = Path(config.model.pretrained).expanduser()
         if Folder(workdir).exists:
             if config.model.revision:
-                raise InputError(f"config key model.revision={config.model.revision!r} is for Hub ids, {workdir} is a run")
+                raise InputError(
+                    f"config key model.revision={config.model.revision!r} is for Hub ids, {workdir} is a run"
+                )
             source = finetuned(workdir, config.model.name)
         else:
             source = pretrained.load(config.model.pretrained, config.model.revision, config.model.name)

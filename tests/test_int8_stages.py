@@ -1,0 +1,46 @@
+"""The table of the stages of the int8 recipe, by scripts/int8_stages.py."""
+
+import csv
+
+import int8_stages
+import numpy as np
+import pytest
+from support import TINY
+
+from vitft_jax import train, vit
+from vitft_jax.errors import InputError
+
+
+def accuracy(workdir):
+    with (workdir / "predictions_test.csv").open() as file:
+        return np.mean([row["true"] == row["predicted"] for row in csv.DictReader(file)])
+
+
+def test_a_table_over_two_seeds_that_quantises_once(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(vit.VARIANTS, "tiny_test", TINY)
+    tiny_config.methods = ("lora",)
+    tiny_config.train.epochs = 1.0
+    runs = [tmp_path / f"lora_{seed}" for seed in (0, 1)]
+    for seed, run in enumerate(runs):
+        tiny_config.seed = seed
+        train.train(tiny_config, run)
+    stages = ("min-max", "the default with 4-bit kernels")
+    lines = int8_stages.table(runs, runs, tmp_path / "int8", stages)
+    head, _, *rows = [line[2:-2].split(" | ") for line in lines]
+    assert [row[0] for row in rows] == ["float", *stages]
+    assert all(len(row) == len(head) for row in rows)
+    made = sorted(path.name for path in (tmp_path / "int8").iterdir())
+    slugs = ("min-max", "the-default-with-4-bit-kernels")
+    assert made == [f"lora_{seed}_{slug}" for seed in (0, 1) for slug in slugs]
+    for row, slug in zip(rows[1:], slugs, strict=True):
+        after = [accuracy(tmp_path / "int8" / f"lora_{seed}_{slug}") for seed in (0, 1)]
+        assert row[1].startswith(f"{np.mean(after):.3f}")
+        mean = 100 * np.mean([b - accuracy(run) for b, run in zip(after, runs, strict=True)])
+        assert row[3].startswith(f"{mean:+.1f} (")
+        low, high = map(float, row[3].split("(")[1].rstrip(")").split(" to "))
+        assert low <= mean + 0.05
+        assert mean - 0.05 <= high
+    monkeypatch.setattr(int8_stages, "quantize", None)
+    assert int8_stages.table(runs, runs, tmp_path / "int8", stages) == lines
+    with pytest.raises(InputError, match="its test images are not those of its float run"):
+        int8_stages.table(runs, runs[::-1], tmp_path / "int8", stages)

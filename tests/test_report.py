@@ -1,0 +1,38 @@
+"""What a run writes: predictions that read back as they were."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from vitft_jax import config as configs
+from vitft_jax import data, report
+from vitft_jax.errors import InputError
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_predictions_read_back_as_they_were(image_folder, tmp_path, multilabel):
+    config = configs.default()
+    config.data.path = str(image_folder)
+    dataset = data.load(config.data, 0)
+    if multilabel:
+        labels = np.eye(3, dtype=np.float32)[dataset.labels]
+        labels[:, 0] = 1
+        dataset = replace(dataset, labels=labels, multilabel=True)
+    indices = dataset.indices("test")[::-1]
+    p = np.random.default_rng(0).dirichlet(np.ones(3), len(indices))
+    report.write_predictions(tmp_path / "p.csv", dataset, indices, p)
+    read = report.read_predictions(tmp_path / "p.csv")
+    assert read.names == tuple(dataset.names[i] for i in indices)
+    assert read.groups == tuple(dataset.groups[i] for i in indices)
+    assert read.multilabel == multilabel
+    assert read.classes == ("dark", "grey", "light")
+    np.testing.assert_array_equal(read.labels, dataset.labels[indices])
+    np.testing.assert_allclose(read.probabilities, p, atol=5e-7)
+
+
+@pytest.mark.parametrize("text", ["", "path,group,true\n", "path,p:a\nx,0.5\n", "path,group,true,p:a\nx,g,b,0.5\n"])
+def test_what_is_no_table_of_predictions(tmp_path, text):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(InputError, match=r"p\.csv: no table of predictions"):
+        report.read_predictions(tmp_path / "p.csv")
