@@ -7,8 +7,8 @@
     python scripts/benchmark.py skip                           # token skipping: forward at batch 1, 8 and 32, LoRA step at 8
 
 Contestants are processes that take turns (see contest.py). A row gives the median images per second with its quartiles, the
-ratio to the peer (median over rounds, quartiles), the peak memory, and the start-up: from the start of the process until its
-first step is done. Peers need the extra `interop`.
+ratio to the peer (median over rounds, quartiles), the peak memory of the process in its turns and before them, which includes
+compilation, and the start-up: from the start of the process until its first step is done. Peers need the extra `interop`.
 
 In the rows of `skip` the ratio is to our own dense model; beside each setting stands what its FLOPs alone would give.
 """
@@ -29,12 +29,7 @@ TASKS = {  # task: contestants, ours first
     "lora": ("ours", "peft"),
     "full": ("ours", "transformers"),
     "adalora": ("ours", "lora", "peft"),  # step, all with rank 12 on query, key and value
-    "int8": (
-        "ours",
-        "float",
-        "torch",
-        "onnx",
-    ),  # forward: int8 kernels, dynamic ranges; our own float; the peers' dynamic int8
+    "int8": ("ours", "float", "torch", "onnx"),  # forward: int8 kernels, dynamic ranges; our float; peers' dynamic int8
     "int8_lora": ("ours", "float"),  # LoRA step over an int8 and over a float base
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
@@ -371,7 +366,9 @@ def rows(task: str, options: argparse.Namespace, arguments: list[str]) -> list[s
         if c is not mine and mine.name == "dense":  # here it is the first that is to be beaten
             ratio = f"{spread([1 / r for r in ratios], 'x')} the speed of dense"
             label = f"{c.name} (FLOPs: {1 / flops_ratio(task, c.name, options):.2f}x)"
-        found.append(f"| {task} | {label} | {spread(speeds)} | {ratio} | {c.peak_mib:.0f} | {c.start_up:.1f} |")
+        found.append(
+            f"| {task} | {label} | {spread(speeds)} | {ratio} | {c.peak_mib:.0f} | {c.start_mib:.0f} | {c.start_up:.1f} |"
+        )
     return found
 
 
@@ -417,8 +414,8 @@ def main() -> None:
 
     print(f"{options.model}, {options.size} px, batch {options.batch}, {options.dtype}; {cpu()}")
     print(f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "\n")
-    print("| task | contestant | images/s (quartiles) | ours is faster by | peak MiB | start-up s |")
-    print("|---|---|---|---|---|---|")
+    print("| task | contestant | images/s (quartiles) | ours is faster by | peak MiB | at start-up | start-up s |")
+    print("|---|---|---|---|---|---|---|")
     passed = [f"--{key}={getattr(options, key)}" for key in ("model", "size", "batch", "dtype", "turns")]
     for task in options.tasks:
         for row in rows(task, options, passed):

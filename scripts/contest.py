@@ -4,13 +4,16 @@ A contestant does its work once, which compiles it, and a few times more to warm
 through all contestants, so each ratio compares neighbours in time and a machine that slows down slows everybody.
 """
 
+import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 Work = Callable[[], object]
 WARM_UP = 4
@@ -30,8 +33,6 @@ def serve(
         lean: Also between turns, so that those who wait hold little memory; the first step of a turn, which fetches it
             again, is then not timed.
     """
-    import resource
-
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -47,7 +48,8 @@ def serve(
             work()
         if lean:
             tidy()
-    answer(first_step=first, works=list(works))
+    answer(first_step=first, works=list(works), peak_mib=peak_mib())
+    forget_peak()
     for line in sys.stdin:
         work = works[line.rstrip("\n")]
         if lean:
@@ -59,8 +61,23 @@ def serve(
             seconds.append(time.perf_counter() - start)
         if lean:
             tidy()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        answer(seconds=statistics.median(seconds), peak_mib=peak)
+        answer(seconds=statistics.median(seconds), peak_mib=peak_mib())
+
+
+def peak_mib() -> float:
+    """Peak memory of this process, since it started or since `forget_peak`."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says is inherited from the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="ascii"))[1]) / 1024
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def forget_peak() -> None:
+    """Lets the peak begin anew from what is held now, on Linux; elsewhere it stays that of the whole process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 class Contestant:
@@ -71,7 +88,8 @@ class Contestant:
         works: What it can do.
         seconds: Of a step, by work, one value a round.
         start_up: Seconds from the start of the process until its first step is done.
-        peak_mib: Its peak memory so far.
+        start_mib: Its peak memory until it was warm: start-up and compilation.
+        peak_mib: Its peak memory since then.
     """
 
     def __init__(self, name: str, command: Sequence[str]) -> None:
@@ -85,6 +103,7 @@ class Contestant:
         self.start_up = ready["first_step"] - started
         self.works: list[str] = ready["works"]
         self.seconds: dict[str, list[float]] = {work: [] for work in self.works}
+        self.start_mib = ready["peak_mib"]
         self.peak_mib = 0.0
 
     def turn(self, work: str) -> None:
