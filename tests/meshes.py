@@ -2,6 +2,9 @@
 
     python tests/meshes.py METHOD,METHOD:MESH,MESH ... [flags of `processes`]
 
+The runs of `FORCED` begin each step on a mesh where 'one' began it: rounding to integers is no continuous function, so the last
+digit of a gradient, which depends on the order of a sum, may turn an integer over some steps later, and with it the loss.
+
 The method 'memory' says the bytes of a compiled step instead, and 'product' what devices say to each other for a product.
 """
 
@@ -11,6 +14,7 @@ import functools
 import itertools
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +27,7 @@ from vitft_jax import calibration, data, processes, product, run, sharding, step
 from vitft_jax import config as configs
 
 STEPS, BATCH, SIZE = 20, 8, 16
+FORCED = ("qat", "static")
 MESHES = {
     "one": {"data": 1, "model": 1, "fsdp": False},
     "data": {"data": 8, "model": 1, "fsdp": False},
@@ -114,8 +119,24 @@ def of_product(mesh):
     return {"collectives": collectives(gradients.lower(*arguments).compile())}
 
 
-def trained(method, mesh):
-    """Losses of the steps, final logits of the validation split, and what AdaLoRA kept."""
+def exchanged(state, path, layout, write):
+    """Writes a state and returns it, or reads the one that was written."""
+    leaves, structure = jax.tree.flatten(state)
+    if write:
+        np.savez(path, *leaves)
+        return state
+    with np.load(path) as file:
+        return layout.put(jax.tree.unflatten(structure, [file[f"arr_{i}"] for i in range(len(leaves))]))
+
+
+def trained(method, states, mesh):
+    """Losses of the steps, final logits of the validation split, and what AdaLoRA kept.
+
+    Args:
+        method: A name of `config_of`.
+        states: A folder in which 'one' leaves the states that the other runs of `FORCED` begin their steps with; or None.
+        mesh: A key of `MESHES`.
+    """
     config, images = config_of(method, mesh), dataset()
     built = calibration.calibrated(run.build(config, images, None), images, config)
     program, layout = built.program, built.program.layout
@@ -124,16 +145,20 @@ def trained(method, mesh):
         images, batch_size=BATCH, image_size=SIZE, fit="squash", augment=config.augment, seed=0,
         process_index=part, process_count=parts,
     )  # fmt: skip
-    state, losses, before = step.init_state(program, built.trainable), [], step.train_step._cache_size()
+    state, losses, norms = step.init_state(program, built.trainable), [], []
+    forced, before = method in FORCED and states is not None, step.train_step._cache_size()
     advance, said = functools.partial(step.train_step, program=program), None
     for i in range(STEPS):
         rows = {key: value for key, value in next(batches).items() if key != "index"}
         batch = layout.batch(rows)
+        if forced:
+            state = exchanged(state, states / f"{method}-{i}.npz", layout, mesh == "one")
         if mesh == "data" and not i:
             advance = step.train_step.lower(state, built.frozen, batch, program=program).compile()
             said = collectives(advance)
         state, values = advance(state, built.frozen, batch)
         losses.append(values["loss"])
+        norms.append(values["grad_norm"])
     batches.close()
     pixels = np.stack([np.asarray(images.images[i]) for i in images.indices("val")])
     rows = len(pixels) // parts
@@ -144,10 +169,10 @@ def trained(method, mesh):
     compilations = step.train_step._cache_size() - before
     told = {
         "losses": [float(loss) for loss in losses],
+        "grad_norms": [float(norm) for norm in norms],
         "logits": np.asarray(logits).tolist(),
         "compilations": compilations,
         "collectives": said,
-        "norms": {name: float(np.linalg.norm(leaf)) for name, leaf in tree.flatten(whole.trainable).items()},
         "layout": {
             name: [str(leaf.sharding.spec), leaf.shape, leaf.addressable_shards[0].data.shape]
             for name, leaf in tree.flatten({"trainable": state.trainable, "frozen": built.frozen}).items()
@@ -162,11 +187,14 @@ if __name__ == "__main__":
     vit.VARIANTS["meshes_tiny"] = TINY
     parser = argparse.ArgumentParser()
     parser.add_argument("runs", nargs="+")
+    parser.add_argument("--states", type=Path)
     processes.add_flags(parser)
     flags = parser.parse_args()
     processes.start(flags)
     for runs in flags.runs:
         names, places = (part.split(",") for part in runs.split(":"))
         for method, mesh in itertools.product(names, places):
-            found = {"memory": memory, "product": of_product}.get(method, functools.partial(trained, method))
+            found = {"memory": memory, "product": of_product}.get(
+                method, functools.partial(trained, method, flags.states)
+            )
             print(json.dumps({"method": method, "mesh": mesh, **found(mesh)}), flush=True)
