@@ -69,7 +69,8 @@ def test_the_state_is_donated_whole(name):
     state = step.init_state(program, trainable)
     compiled = step.train_step.lower(state, frozen, BATCH, program=program).compile()
     assert "input_output_alias" in compiled.as_text()
-    assert compiled.memory_analysis().alias_size_in_bytes >= tree.nbytes(state)
+    unread = name == "adalora"  # its flag `final`, one byte, which the step sets anew
+    assert compiled.memory_analysis().alias_size_in_bytes == tree.nbytes(state) - unread
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
