@@ -1,6 +1,8 @@
 """What tests share: tiny models of every family, with adapters."""
 
+import os
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -77,3 +79,13 @@ def integer_dots(compiled):
             if (out, types[left], types[right]) == ("s32", "s8", "s8"):
                 shapes.append(shape)
     return shapes
+
+
+def virtual_devices(count):
+    """The environment of a process with so many devices, which finds our scripts and those of the tests."""
+    here = Path(__file__).parent
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
+        "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parent / "scripts"))),
+    }

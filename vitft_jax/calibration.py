@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -78,13 +77,14 @@ def calibrated(built: run.Built, dataset: data.Dataset, config: Config) -> run.B
     method = built.program.method
     if not method.ranges:
         return built
-    params = method.merge(tree.join(built.trainable, built.frozen))["params"]
+    layout = built.program.layout
+    params = layout.gathered(method.merge(tree.join(built.trainable, built.frozen))["params"])
     seen = see(plain(built.program), params, subset(dataset, IMAGES, config.seed), config)
-    return replace(built, trainable=jax.device_put(method.calibrate(built.trainable, seen)))
+    return replace(built, trainable=layout.put(method.calibrate(built.trainable, seen)))
 
 
-def _normalised(program: Program, dataset: data.Dataset, config: Config) -> Iterator[jax.Array]:
-    """Images of the training split as the model takes them, `(b, S, S, 3)`."""
+def _normalised(program: Program, dataset: data.Dataset, config: Config) -> Iterator[np.ndarray]:
+    """Images of the training split as the model takes them, `(b, S, S, 3)`: on the host, so on whatever devices."""
     batches = data.eval_batches(
         dataset,
         "train",
@@ -94,4 +94,4 @@ def _normalised(program: Program, dataset: data.Dataset, config: Config) -> Iter
         workers=config.data.workers,
     )
     for batch in batches:
-        yield normalise(program, jnp.asarray(batch["image"][batch["mask"] > 0]))
+        yield np.asarray(normalise(program, jnp.asarray(batch["image"][batch["mask"] > 0])))

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from vitft_jax.errors import InputError
+from vitft_jax.sharding import ONE_DEVICE, Layout
 from vitft_jax.step import State
 
 logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
@@ -78,8 +79,10 @@ class Checkpoints:
         items = self._manager.restore(self.latest_step, args=args)
         return State(items["optimizer"]["step"], items["trainable"], items["optimizer"]["state"]), items["loop"]
 
-    def restore_best(self, like: Any) -> tuple[Any, int]:
-        """The trainable variables of the best checkpoint, in the shapes of `like` (None: as they were saved), and its step.
+    def restore_best(self, like: Any, layout: Layout = ONE_DEVICE) -> tuple[Any, int]:
+        """The trainable variables of the best checkpoint and its step.
+
+        In the shapes and places of `like`; where that is None in the shapes that were saved, placed by `layout`.
 
         Raises:
             InputError: There is no checkpoint.
@@ -88,9 +91,8 @@ class Checkpoints:
         if step is None:
             raise InputError(f"{self._folder}: no checkpoint here; train the run first")
         if like is None:
-            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # not the device that it was saved from
             saved = self._manager.item_metadata(step)["trainable"].tree
-            wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), saved)
+            wanted = layout.shapes(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), saved))
         else:
             wanted = _abstract(like)
         args = ocp.args.Composite(trainable=ocp.args.StandardRestore(wanted))

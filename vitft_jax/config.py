@@ -16,7 +16,10 @@ from vitft_jax import tree
 from vitft_jax.errors import InputError, nearest
 
 Config = ml_collections.ConfigDict
-AT_EVALUATION = ("methods", "skip.", "figures.")
+WHERE = ("mesh.", "remat")
+"""Beginnings of the keys that change where or how a run computes, not what: it may go on with others, on other devices."""
+
+AT_EVALUATION = ("methods", "skip.", "figures.", *WHERE)
 """Beginnings of the keys that change what is computed, not what was trained: a finished run can be evaluated with others."""
 
 
@@ -26,6 +29,14 @@ def default() -> Config:
     c.seed = 0  # fixes the split, the order of the images, augmentation, dropout and fresh parameters
     c.dtype = "float32"  # compute: 'float32' or 'bfloat16'; parameters stay float32
     c.methods = ()  # modules of vitft_jax.methods, inner to outer, such as ('lora',)
+    c.remat = (
+        "none"  # computed again for gradients, to save memory: 'dots' all but products with weights, 'full' blocks
+    )
+
+    c.mesh = h = Config()
+    h.data = 0  # devices that each batch is cut over; 0 = all that `model` leaves
+    h.model = 1  # devices that each linear layer of the blocks is cut over; it divides the number of heads
+    h.fsdp = False  # cut weights and optimiser state over `data` too, and gather them where they are used
 
     c.data = d = Config()
     d.source = (
@@ -191,6 +202,7 @@ def check(config: Config) -> None:
         "dtype": ("float32", "bfloat16"),
         "data.fit": ("squash", "crop", "pad"),
         "model.features": ("", "cls", "mean", "cls+mean"),
+        "remat": ("none", "dots", "full"),
     }
     values = _flat(config)
     for key, choices in allowed.items():
@@ -204,6 +216,8 @@ def check(config: Config) -> None:
         "train.patience": 0,
         "train.epochs": 0,
         "figures.count": 0,
+        "mesh.data": 0,
+        "mesh.model": 1,
     }
     for key, low in lowest.items():
         if values[key] < low:

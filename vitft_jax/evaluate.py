@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vitft_jax import cli, data, figures, flops, metrics, report, runtime, step, tree
+from vitft_jax import cli, data, figures, flops, metrics, processes, report, runtime, step, tree
 from vitft_jax import config as configs
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
@@ -53,9 +53,10 @@ def outputs(
         InputError: Its static ranges were never calibrated.
     """
     step.check_calibrated(program, trainable)
-    batch_size = config.train.batch_size
-    logits, indices = [], []
-    started, timed = time.perf_counter(), 0
+    layout, index = program.layout, dataset.indices(split)
+    part, parts = layout.reader
+    batch_size = layout.rows(config.train.batch_size)
+    logits, started = [], time.perf_counter()
     batches = data.eval_batches(
         dataset,
         split,
@@ -63,17 +64,16 @@ def outputs(
         image_size=config.data.image_size,
         fit=config.data.fit,
         workers=config.data.workers,
+        process_index=part,
+        process_count=parts,
     )
-    for i, batch in enumerate(batches):
-        real = batch["mask"] > 0
-        logits.append(np.asarray(step.eval_step(trainable, frozen, batch["image"], program=program))[real])
-        indices.append(batch["index"][real])
-        if i:
-            timed += int(real.sum())
-        else:
+    for batch in batches:
+        images = layout.batch(batch["image"])
+        logits.append(np.asarray(step.eval_step(trainable, frozen, images, program=program)))
+        if len(logits) == 1:
             started = time.perf_counter()
-    seconds = time.perf_counter() - started
-    z, index = np.concatenate(logits), np.concatenate(indices)
+    seconds, timed = time.perf_counter() - started, max(0, len(index) - batch_size)
+    z = np.concatenate(logits)[: len(index)]  # in the order of the data, padding last
     p, labels = metrics.probabilities(z, dataset.multilabel), dataset.labels[index]
     return Outputs(index, p, labels, _loss(p, labels, dataset.multilabel), timed / seconds if timed else float("nan"))
 
@@ -111,7 +111,9 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
     """
     folder = Folder(workdir)
     whole = folder.whole()
-    config, source = resolve(folder.config(), whole)
+    here = [text for text in overrides if text.startswith(configs.WHERE)]
+    overrides = [text for text in overrides if text not in here]
+    config, source = resolve(_overridden(folder.config(), here), whole)
     dataset = folder.dataset(config)
     if split not in data.SPLITS:
         raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
@@ -128,7 +130,7 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
         path = workdir / "evaluations" / (name or "-".join(config.methods) or "plain")
         path.mkdir(parents=True, exist_ok=True)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        trainable, at = checkpoints.restore_best(built.trainable)
+        trainable, at = checkpoints.restore_best(built.trainable, built.program.layout)
     results, out = evaluate_split(path, built, trainable, dataset, split, config)
     report.print_results(f"{path}, step {at}, {len(dataset.indices(split))} images", {split: results})
     if overrides:
@@ -176,7 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--workdir", required=True, type=Path, help="a run folder")
     arguments.add_argument("--split", default="test", help="train, val or test (default: test)")
     arguments.add_argument("--name", default="", help="folder in evaluations/ (default: the names of the methods)")
+    processes.add_flags(arguments)
     flags, overrides = cli.parse_with_overrides(arguments, argv, "--config.methods=lora,skip")
+    processes.start(flags)
     evaluate(flags.workdir, flags.split, overrides, flags.name)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from vitft_jax import data, step, tree
+from vitft_jax import data, processes, step, tree
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
 
@@ -42,6 +42,8 @@ def draw(
     indices = chosen(config, dataset)
     pictures = np.stack([data.resize(dataset.images[i], config.data.image_size, config.data.fit) for i in indices])
     masks = jax.device_get(_masks(trainable, frozen, pictures, program))
+    if not processes.first():
+        return
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     sheet(pictures, masks, [dataset.names[i] for i in indices]).savefig(folder / "figures" / "patches.png", dpi=110)
 
@@ -50,7 +52,7 @@ def _masks(trainable: Any, frozen: Any, pictures: np.ndarray, program: step.Prog
     @jax.jit
     def run(trainable: Any, frozen: Any, pictures: jax.Array) -> Mapping[int, jax.Array]:
         images = step.normalise(program, pictures)
-        return program.method.patches(program.model, tree.join(trainable, frozen), images)
+        return program.layout.whole(program.method.patches(program.model, tree.join(trainable, frozen), images))
 
     return dict(run(trainable, frozen, pictures))
 

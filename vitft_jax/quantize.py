@@ -304,7 +304,7 @@ def _write(
     with Checkpoints(folder.checkpoints) as checkpoints:
         checkpoints.save(State(jnp.int32(source.step), variables, {}), {}, [1.0])
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        return folder, built, checkpoints.restore_best(None)[0]
+        return folder, built, checkpoints.restore_best(None, built.program.layout)[0]
 
 
 def _compare(dataset: data.Dataset, before: Outputs, after: Outputs) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""What a run says: lines in `metrics.jsonl`, `summary.json`, predictions, figures, and its progress on the screen."""
+"""What a run says: lines in `metrics.jsonl`, `summary.json`, predictions, figures, and its progress on the screen.
+
+Of several processes the first alone writes.
+"""
 
 import csv
 import json
@@ -19,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vitft_jax import metrics
+from vitft_jax import metrics, processes
 from vitft_jax.data import Dataset
 from vitft_jax.errors import InputError
 
@@ -29,6 +32,8 @@ PLAIN_LINES = 40
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all: a reader never sees half of it."""
+    if not processes.first():
+        return
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -67,6 +72,8 @@ class MetricsLog:
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Appends one line."""
+        if not processes.first():
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite({"step": step, "split": split, **values})) + "\n")
 
@@ -109,6 +116,8 @@ class Screen:
 
 def write_predictions(path: Path, dataset: Dataset, indices: np.ndarray, p: np.ndarray) -> None:
     """Writes a CSV: path, group, true label(s), decision(s), and the probability of each class."""
+    if not processes.first():
+        return
     decided = metrics.decisions(p, dataset.multilabel)
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="", encoding="utf-8") as file:
@@ -210,6 +219,8 @@ def _version(name: str) -> str:
 
 def heat_map(path: Path, values: Mapping[str, float], title: str) -> None:
     """Draws a number per layer as a PNG: a row per block, a column per matrix; `values` is by path of a layer."""
+    if not processes.first():
+        return
     from matplotlib.figure import Figure  # slow to import, and few runs draw
 
     cells = {tuple(name.split("/", 1)): value for name, value in values.items()}

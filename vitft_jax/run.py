@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitft_jax import config as configs
-from vitft_jax import data, methods, optim, pretrained, report, tree
+from vitft_jax import data, methods, optim, pretrained, processes, report, sharding, step, tree
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError, nearest
+from vitft_jax.sharding import Layout
 from vitft_jax.step import Program
 from vitft_jax.vit import VARIANTS, ViT
 
@@ -125,13 +126,16 @@ def finetuned(workdir: Path, name: str = "") -> pretrained.Pretrained:
     folder = Folder(workdir)
     if folder.whole() is not None:
         raise InputError(f"model.pretrained={workdir}: is an int8 model; give the run that it was made from")
-    config, source = resolve(folder.config())
+    config = folder.config()
+    config.mesh = configs.default().mesh  # the devices of today
+    config, source = resolve(config)
     dataset = folder.dataset(config)
     built = build(config, dataset, source)
     folder.open(config, dataset, built)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, _ = checkpoints.restore_best(built.trainable)
-    params = built.program.method.merge(tree.join(trainable, built.frozen))["params"]
+    trainable, frozen = (built.program.layout.gathered(variables) for variables in (trainable, built.frozen))
+    params = built.program.method.merge(tree.join(trainable, frozen))["params"]
     model = {key: getattr(built.program.model, key) for key in ARCHITECTURE}
     if name:
         pretrained.confirm(name, model, str(workdir))
@@ -161,7 +165,8 @@ def build(
     """Builds the model and its optimiser, from what `resolve` returned; `whole` as there.
 
     Raises:
-        InputError: The weights do not fit, a method refuses its settings, or nothing trains.
+        InputError: The weights do not fit, a method refuses its settings, nothing trains, or the devices do not suit
+            ``config.mesh``.
     """
     mean = std = (0.5, 0.5, 0.5)
     if whole is not None:
@@ -182,14 +187,20 @@ def build(
         raise InputError(f"config key data.image_size={size}: not a multiple of the patch size {architecture['patch']}")
 
     method = methods.load(config)
+    layout = sharding.layout(config, method.sharding)
     model = ViT(
         **architecture,
         classes=len(dataset.classes),
         dtype=jnp.dtype(config.dtype),
-        dot_general_cls=method.dot_general_cls,
+        dot_general_cls=layout.products(method.dot_general_cls),
         attend=method.attend,
         select=method.select,
+        remat=config.remat,
     )
+    if model.heads % config.mesh.model:
+        raise InputError(
+            f"config key mesh.model={config.mesh.model}: does not divide the {model.heads} attention heads"
+        )
     method.check(model, (size // model.patch) ** 2)
     steps_in_all = total_steps(config, dataset)
     program = Program(
@@ -203,18 +214,20 @@ def build(
         label_smoothing=config.train.label_smoothing,
         accumulate=config.train.accumulate,
         seed=config.seed,
+        layout=layout,
     )
     if whole is not None:
         return Built(program, None, {}, Weights(**whole["weights"]), steps_in_all, whole=whole)
-    # On the device once: numpy arrays would be copied there at every step.
-    initial = _initial(model, config, source, method, () if dataset.multilabel else dataset.classes)
-    variables = jax.device_put(method.prepare(initial))
-    trains = _trains(config, method)
-    trainable, frozen = tree.split(variables, trains)
+    initial = _initial(model, config, source, method, () if dataset.multilabel else dataset.classes, layout)
+    trainable, frozen = tree.split(method.prepare(initial), _trains(config, method))
     if "params" not in trainable:
         raise InputError(
             f"config key train.trainable={config.train.trainable!r} matches no parameter: nothing to train"
         )
+    state = step.State(jnp.zeros((), jnp.int32), trainable, jax.eval_shape(program.tx.init, trainable))
+    layout.check({"state": state, "frozen": frozen})
+    # On the devices once: numpy arrays would be copied there at every step.
+    trainable, frozen = layout.put(trainable), layout.put(frozen)
     weights = Weights(source.source, source.revision, source.sha256) if source else Weights("random", "", "")
     phases = tuple(
         (end, replace(program, model=model.clone(select=select))) for end, select in method.phases(steps_in_all)
@@ -228,8 +241,12 @@ def _initial(
     source: pretrained.Pretrained | None,
     method: methods.Method,
     classes: Sequence[str],
+    layout: Layout,
 ) -> dict[str, Any]:
-    """Variables of the model: pretrained where there is something pretrained, fresh elsewhere."""
+    """Variables of the model: pretrained and on the host where there is something pretrained, fresh elsewhere.
+
+    What is fresh comes to life where it belongs. Only methods, which may rewrite it beside what is on the host, get it whole.
+    """
     key, images = jax.random.key(config.seed), jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
     shapes = dict(jax.eval_shape(model.init, key, images))
     for collection in method.collections:
@@ -241,7 +258,15 @@ def _initial(
     known = {} if source is None else tree.flatten({"params": pretrained.fit(source, shapes["params"], classes)})
     known = {name: leaf for name, leaf in known.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
     # Only what is missing is drawn: to compile the draws of a whole model takes seconds.
-    fresh = tree.flatten(jax.jit(lambda key: tree.split(model.init(key, images), lambda n: n not in known)[0])(key))
+    missing = tree.split(shapes, lambda n: n not in known)[0]
+
+    def draw(key: jax.Array) -> dict[str, Any]:
+        return tree.split(model.init(key, images), lambda n: n not in known)[0]
+
+    fresh = jax.jit(draw, out_shardings=layout.shardings(missing))(key)
+    if config.methods and layout.mesh is not None:
+        fresh = jax.device_get(layout.gathered(fresh))
+    fresh = tree.flatten(fresh)
     return tree.unflatten({name: known[name] if name in known else fresh[name] for name in tree.flatten(shapes)})
 
 
@@ -298,7 +323,8 @@ class Folder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--workdir {self.path}: is a file")
         if self.exists:
-            if other := configs.differences(self.config(), config):
+            differ = configs.differences(self.config(), config)
+            if other := [text for text in differ if not text.startswith(configs.WHERE)]:
                 raise InputError(
                     f"--workdir {self.path} holds another run; it differs in {'; '.join(other[:5])}. "
                     "Choose another --workdir, or delete this one"
@@ -314,7 +340,9 @@ class Folder:
         """
         now = {"weights": asdict(built.weights), "classes": list(dataset.classes), "multilabel": dataset.multilabel}
         now |= built.whole or {}
-        if self.exists:
+        exists = self.exists
+        processes.wait("every process has looked at the folder")
+        if exists:
             for key, then in self.resolved().items():
                 if then != now[key]:
                     raise InputError(
@@ -322,10 +350,12 @@ class Folder:
                         "Restore them, or choose another --workdir"
                     )
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        report.write_text(self.path / "config.json", configs.to_json(config))
-        data.write_table(dataset, self.path / "split.csv")
-        report.write_json(self.path / "run.json", now)
+        if processes.first():
+            self.path.mkdir(parents=True, exist_ok=True)
+            report.write_text(self.path / "config.json", configs.to_json(config))
+            data.write_table(dataset, self.path / "split.csv")
+            report.write_json(self.path / "run.json", now)
+        processes.wait("the folder is there")
 
     def config(self) -> configs.Config:
         """The config of the run.

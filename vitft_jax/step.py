@@ -18,6 +18,7 @@ from jax import Array
 from vitft_jax import tree
 from vitft_jax.errors import InputError
 from vitft_jax.methods import Method
+from vitft_jax.sharding import ONE_DEVICE, Layout
 from vitft_jax.vit import ViT
 
 Batch = Mapping[str, Array]
@@ -38,6 +39,7 @@ class Program:
         label_smoothing: Share of the target that is spread evenly over the classes.
         accumulate: Micro-batches per batch.
         seed: Of dropout.
+        layout: Where arrays lie.
     """
 
     model: ViT
@@ -50,6 +52,7 @@ class Program:
     label_smoothing: float = 0.0
     accumulate: int = 1
     seed: int = 0
+    layout: Layout = ONE_DEVICE
 
 
 @struct.dataclass
@@ -63,8 +66,13 @@ class State:
 
 def init_state(program: Program, trainable: tree.Tree) -> State:
     """The state before step 0."""
-    trainable = jax.tree.map(jnp.copy, trainable)  # the step donates its state, so it must own it
-    return State(jnp.zeros((), jnp.int32), trainable, program.tx.init(trainable))
+
+    @jax.jit
+    def init(trainable: tree.Tree) -> State:
+        trainable = jax.tree.map(jnp.copy, trainable)  # the step donates its state, so it must own it
+        return program.layout.pin(State(jnp.zeros((), jnp.int32), trainable, program.tx.init(trainable)))
+
+    return init(trainable)
 
 
 def check_calibrated(program: Program, trainable: tree.Tree) -> None:
@@ -128,7 +136,8 @@ def train_step(state: State, frozen: tree.Tree, batch: Batch, *, program: Progra
         grads, metrics = gradient(state.trainable, frozen, batch, rng, program)
     else:
         k = program.accumulate
-        micro = jax.tree.map(lambda x: x.reshape(k, x.shape[0] // k, *x.shape[1:]), dict(batch))
+        # Every k-th row, so that each device cuts its own rows.
+        micro = jax.tree.map(lambda x: x.reshape(x.shape[0] // k, k, *x.shape[1:]).swapaxes(0, 1), dict(batch))
 
         def accumulate(total: Any, item: tuple[Batch, Array]) -> tuple[Any, None]:
             part = gradient(state.trainable, frozen, item[0], item[1], program)
@@ -141,10 +150,11 @@ def train_step(state: State, frozen: tree.Tree, batch: Batch, *, program: Progra
         (grads, metrics), _ = jax.lax.scan(accumulate, zeros, (micro, jax.random.split(rng, k)))
     updates, opt_state = program.tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
-    return State(state.step + 1, trainable, opt_state), {**metrics, "grad_norm": optax.global_norm(grads)}
+    state = program.layout.pin(State(state.step + 1, trainable, opt_state))
+    return state, {**metrics, "grad_norm": optax.global_norm(grads)}
 
 
 @partial(jax.jit, static_argnames="program")
 def eval_step(trainable: tree.Tree, frozen: tree.Tree, images: Array, *, program: Program) -> Array:
     """Logits `(B, C)` in float32, without dropout."""
-    return logits_of(program, tree.join(trainable, frozen), images)
+    return program.layout.whole(logits_of(program, tree.join(trainable, frozen), images))

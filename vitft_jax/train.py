@@ -14,7 +14,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitft_jax import IMPORTED, calibration, cli, data, figures, flops, metrics, report, run, runtime, step, tree
+from vitft_jax import (
+    IMPORTED,
+    calibration,
+    cli,
+    data,
+    figures,
+    flops,
+    metrics,
+    processes,
+    report,
+    run,
+    runtime,
+    step,
+    tree,
+)
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError, nearest
@@ -44,6 +58,9 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     _check_metric(config, dataset)
     figures.chosen(config, dataset)
     built = run.build(config, dataset, source)
+    layout = built.program.layout
+    layout.check_batch(config.train.batch_size, config.train.accumulate)
+    part, parts = layout.reader
     batches = data.train_batches(
         dataset,
         batch_size=config.train.batch_size,
@@ -52,6 +69,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         augment=config.augment,
         seed=config.seed,
         workers=config.data.workers,
+        process_index=part,
+        process_count=parts,
     )
     folder.open(config, dataset, built)
     print(_headline(config, dataset, built, workdir), flush=True)
@@ -120,7 +139,8 @@ def _fit(
     meter = Meter(config.train.batch_size)
     with report.Screen(built.total_steps, done) as screen:
         while done < built.total_steps and not loop["stopped"]:
-            batch = {key: value for key, value in next(batches).items() if key != "index"}
+            rows = {key: value for key, value in next(batches).items() if key != "index"}
+            batch = built.program.layout.batch(rows)
             if program is not built.program_at(done):
                 program = built.program_at(done)  # which compiles
                 jax.block_until_ready(state)
@@ -270,7 +290,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     runtime.start()
     arguments = cli.parser(__doc__, "python -m vitft_jax.train --config configs/lora.py --config.data.path=IMAGES")
     arguments.add_argument("--workdir", type=Path, help="folder of the run (default: runs/<name of the config>)")
+    processes.add_flags(arguments)
     flags, config = cli.parse_with_config(arguments, argv)
+    processes.start(flags)
     train(config, flags.workdir or Path("runs") / Path(flags.config).stem)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 from jax import Array
@@ -22,6 +23,11 @@ from vitft_jax.gelu import gelu
 
 DotGeneralCls = Callable[[], Callable[..., Array]]
 FEATURES = ("cls", "mean", "cls+mean")
+REMAT: dict[str, Callable[..., bool] | None] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+"""What a block keeps for its backward pass: the products with weights, or nothing but its input."""
 _INIT = nn.initializers.truncated_normal(0.02)
 
 
@@ -202,6 +208,7 @@ class ViT(nn.Module):
         dot_general_cls: Constructor of the product in every linear layer; None is `product.dot_general`.
         attend: Attention between the projections; None is `attention.attend`.
         select: Token selector; None keeps all tokens.
+        remat: What the backward pass of a block computes again: 'none', or a key of `REMAT`.
     """
 
     patch: int
@@ -219,6 +226,7 @@ class ViT(nn.Module):
     dot_general_cls: DotGeneralCls | None = None
     attend: Attend | None = None
     select: Select | None = None
+    remat: str = "none"
 
     @property
     def prefix(self) -> int:
@@ -237,11 +245,15 @@ class ViT(nn.Module):
         x = Embed(self.width, self.patch, self.distilled, self.dtype, self.dot_general_cls, name="embed")(
             images.astype(self.dtype)
         )
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, policy=REMAT[self.remat], static_argnums=(2, 3))  # counting self: leave and rows
         keys = carry = None
         for i in range(self.depth):
             # Nothing reads the patch tokens of the last block if the head reads prefix tokens: 7 % of a 12-block model.
             leave = self.prefix if self.features == "cls" and i == self.depth - 1 else x.shape[1]
-            x, rows = Block(
+            wants_rows = self.select is not None and self.select.wants_rows(i)
+            x, rows = block(
                 self.heads,
                 self.hidden,
                 self.prefix,
@@ -251,7 +263,7 @@ class ViT(nn.Module):
                 self.dot_general_cls,
                 self.attend,
                 name=f"blocks_{i}",
-            )(x, leave, rows=self.select is not None and self.select.wants_rows(i), keys=keys)
+            )(x, leave, wants_rows, keys)
             if self.select is not None:
                 x, keys, carry = self.select(i, x, rows, carry)
         x = nn.LayerNorm(self.eps, dtype=self.dtype, name="norm")(x)

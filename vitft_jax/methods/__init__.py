@@ -17,6 +17,7 @@ from jax import Array
 from vitft_jax import product
 from vitft_jax.attention import Attend
 from vitft_jax.errors import InputError, nearest
+from vitft_jax.sharding import Rules
 
 Variables = Mapping[str, Any]
 DotGeneralCls = Callable[[], Callable[..., Array]]
@@ -30,6 +31,8 @@ class Method:
         collections: Variable collections that train, beside the chosen part of `params`.
         ranges: Variable collections of calibrated numbers: kept in checkpoints beside what trains, without a gradient. They
             are NaN until `calibrate`, and a model with NaN there is refused.
+        sharding: What the dimensions of its own variables and optimiser state are, ``(regex on names, dimensions)``, as in
+            `sharding.DIMENSIONS`. Beside a kernel, 'in' and 'out' are those of the kernel, and cut as they are.
         dot: Wraps the constructor of the product in a linear layer: ``dot(base)() (x, kernel, dimensions)``.
         attend: Attention between the projections, in the place of `attention.attend`; None leaves it alone.
         prepare: Rewrites the variables once, before step 0, such as to initialise an adapter from the kernels.
@@ -53,6 +56,7 @@ class Method:
 
     collections: tuple[str, ...] = ()
     ranges: tuple[str, ...] = ()
+    sharding: Rules = ()
     dot: Callable[[DotGeneralCls], DotGeneralCls] | None = None
     attend: Attend | None = None
     prepare: Callable[[Variables], Variables] = lambda variables: variables
@@ -123,6 +127,7 @@ def stack(methods: Sequence[Method]) -> Method:
     return Method(
         collections=tuple(name for m in methods for name in m.collections),
         ranges=tuple(name for m in methods for name in m.ranges),
+        sharding=tuple(rule for m in methods for rule in m.sharding),
         dot=dot if dots else None,
         attend=attends[0] if attends else None,
         prepare=prepare,

@@ -326,6 +326,13 @@ def method(config: Any) -> Method:
     )
     return Method(
         collections=(COLLECTION,),
+        sharding=(
+            (r"/dot/q$", ("in", None)),
+            (r"/dot/lam$", (None,)),
+            (r"/dot/p$", (None, "out")),
+            (r"/final$", ()),
+            (r"/mask$", (None, None)),  # ranked as one, and small
+        ),
         dot=lambda base: partial(AdaLoraDot, settings, base, name="dot"),
         penalty=partial(penalty, settings=settings) if c.penalty else None,
         wrap_tx=lambda tx, total_steps: allocate_rank(tx, settings, total_steps),

@@ -69,8 +69,10 @@ def method(config: Any) -> Method:
         InputError: As `lora.settings_of`.
     """
     settings = lora.settings_of(config)
+    plain = lora.method(config)
     return replace(
-        lora.method(config),
+        plain,
+        sharding=(*plain.sharding, (r"/dot/m$", ("out",))),
         dot=lambda base: partial(DoraDot, settings, base, name="dot"),
         prepare=partial(prepare, settings=settings),
         merge=partial(merge, settings=settings),

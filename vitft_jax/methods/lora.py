@@ -200,6 +200,7 @@ def method(config: Any) -> Method:
 
     return Method(
         collections=(COLLECTION,),
+        sharding=((r"/dot/a$", ("in", None)), (r"/dot/b$", (None, "out"))),
         dot=lambda base: partial(LoraDot, settings, base, name="dot"),
         wrap_tx=wrap_tx,
         merge=partial(merge, settings=settings),

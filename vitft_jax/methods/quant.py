@@ -217,8 +217,10 @@ def method(config: Any) -> Method:
         raise InputError(f"config.methods={config.methods}: 'quant' comes first, since others add to its product")
     settings = settings_of(config)
     calibrated = settings.static and settings.base == "float"
+    scale, bound = (r"/quant/scale$", ("out",)), (r"/quant/bound$", ())
     return Method(
         ranges=(COLLECTION,) if calibrated else (),
+        sharding=(scale,) * (settings.base == "int8") + (bound,) * settings.static,
         dot=lambda base: partial(QuantDot, settings, base, name="quant"),
         attend=quantized_attention.attend if settings.attention else None,
         prepare=partial(prepare, settings=settings, trainable=config.train.trainable),

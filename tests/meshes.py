@@ -1,0 +1,200 @@
+"""A process of its own: the same tiny runs on several meshes of virtual devices, and what each says as a line of JSON.
+
+    python tests/meshes.py METHOD,METHOD:MESH,MESH ... [flags of `processes`]
+
+The runs of `FORCED` begin each step on a mesh where 'one' began it: rounding to integers is no continuous function, so the last
+digit of a gradient, which depends on the order of a sum, may turn an integer over some steps later, and with it the loss.
+
+The method 'memory' says the bytes of a compiled step instead, and 'product' what devices say to each other for a product.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scaling
+from PIL import Image
+from support import TINY
+
+from vitft_jax import calibration, data, processes, product, run, sharding, step, tree, vit
+from vitft_jax import config as configs
+
+STEPS, BATCH, SIZE = 20, 8, 16
+FORCED = ("qat", "static")
+MESHES = {
+    "one": {"data": 1, "model": 1, "fsdp": False},
+    "data": {"data": 8, "model": 1, "fsdp": False},
+    "fsdp": {"data": 8, "model": 1, "fsdp": True},
+    "model": {"data": 2, "model": 4, "fsdp": False},
+    "all": {"data": 4, "model": 2, "fsdp": True},
+    "fsdp 2": {"data": 2, "model": 1, "fsdp": True},
+    "fsdp 4": {"data": 4, "model": 1, "fsdp": True},
+}
+
+
+class Noise:
+    """Images of noise whose brightness tells the class."""
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng(i)
+        pixels = rng.normal(60 + 60 * self.labels[i], 20, (SIZE, SIZE, 3)).clip(0, 255)
+        return Image.fromarray(pixels.astype(np.uint8))
+
+
+def dataset():
+    n = 40
+    labels = np.arange(n, dtype=np.int32) % 3
+    names = tuple(f"{i}.png" for i in range(n))
+    splits = ("train",) * (n - 8) + ("val",) * 8
+    return data.Dataset(("a", "b", "c"), False, names, labels, names, splits, Noise(labels))
+
+
+def config_of(method, mesh):
+    config = configs.default()
+    config.model.pretrained, config.model.name = "", "meshes_tiny"
+    config.data.image_size, config.train.batch_size, config.train.steps = SIZE, BATCH, STEPS
+    config.train.lr = 1e-3
+    config.mesh.update(MESHES[mesh])
+    config.adalora.update(init_r=4, target_r=2, t_init=0.2, t_final=0.3, targets="encoder")
+    config.lora.update(rank=4, targets="encoder", dropout=0.1 * (method == "lora"))
+    config.skip.update(layers=(0,), drop_ratio=(0.4,))
+    kind = {
+        "full": ((), "."),
+        "lora": (("lora",), "^head"),
+        "adalora": (("adalora",), "^head"),
+        "skip": (("lora", "skip"), "^head"),
+        "qat": (("quant",), "."),
+        "static": (("quant",), "."),
+        "int8": (("quant", "lora"), "^head"),
+        "dora": (("dora",), "^head"),
+    }[method]
+    config.methods, config.train.trainable = kind
+    if method == "static":
+        config.quant.static = True
+    if method == "int8":
+        config.quant.base = "int8"
+    config.train.accumulate = 2 if mesh == "all" and method != "lora" else 1  # else dropout would be another
+    return config
+
+
+def collectives(compiled):
+    """What devices say to each other: (result type, operation)."""
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", compiled.as_text())
+
+
+def memory(mesh):
+    """Bytes of a step of a small model on a mesh, and of its frozen leaves by name."""
+    setting = scaling.Setting(
+        "meshes_tiny", size=SIZE, batch=BATCH, devices=MESHES[mesh]["data"], fsdp=MESHES[mesh]["fsdp"]
+    )
+    _, (_, frozen, _) = scaling.shapes(setting)
+    return dataclasses.asdict(scaling.memory(setting)) | {
+        "frozen": {n: a.shape for n, a in tree.flatten(frozen).items()}
+    }
+
+
+def of_product(mesh):
+    """Collectives of the backward pass of a product whose rows are cut."""
+    config = configs.default()
+    config.mesh.update(MESHES[mesh])
+    layout = sharding.layout(config)
+
+    def array(sharding, *shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    where = layout.by_rows, layout.everywhere
+    arguments = array(where[0], 8, 5, 32), array(where[1], 32, 64), array(where[0], 8, 5, 64)
+    gradients = jax.jit(lambda x, w, g: jax.vjp(product.matmul, x, w)[1](g), out_shardings=where)
+    return {"collectives": collectives(gradients.lower(*arguments).compile())}
+
+
+def exchanged(state, path, layout, write):
+    """Writes a state and returns it, or reads the one that was written."""
+    leaves, structure = jax.tree.flatten(state)
+    if write:
+        np.savez(path, *leaves)
+        return state
+    with np.load(path) as file:
+        return layout.put(jax.tree.unflatten(structure, [file[f"arr_{i}"] for i in range(len(leaves))]))
+
+
+def trained(method, states, mesh):
+    """Losses of the steps, final logits of the validation split, and what AdaLoRA kept.
+
+    Args:
+        method: A name of `config_of`.
+        states: A folder in which 'one' leaves the states that the other runs of `FORCED` begin their steps with; or None.
+        mesh: A key of `MESHES`.
+    """
+    config, images = config_of(method, mesh), dataset()
+    built = calibration.calibrated(run.build(config, images, None), images, config)
+    program, layout = built.program, built.program.layout
+    part, parts = layout.reader
+    batches = data.train_batches(
+        images, batch_size=BATCH, image_size=SIZE, fit="squash", augment=config.augment, seed=0,
+        process_index=part, process_count=parts,
+    )  # fmt: skip
+    state, losses, norms = step.init_state(program, built.trainable), [], []
+    forced, before = method in FORCED and states is not None, step.train_step._cache_size()
+    advance, said = functools.partial(step.train_step, program=program), None
+    for i in range(STEPS):
+        rows = {key: value for key, value in next(batches).items() if key != "index"}
+        batch = layout.batch(rows)
+        if forced:
+            state = exchanged(state, states / f"{method}-{i}.npz", layout, mesh == "one")
+        if mesh == "data" and not i:
+            advance = step.train_step.lower(state, built.frozen, batch, program=program).compile()
+            said = collectives(advance)
+        state, values = advance(state, built.frozen, batch)
+        losses.append(values["loss"])
+        norms.append(values["grad_norm"])
+    batches.close()
+    pixels = np.stack([np.asarray(images.images[i]) for i in images.indices("val")])
+    rows = len(pixels) // parts
+    logits = step.eval_step(
+        state.trainable, built.frozen, layout.batch(pixels[part * rows : (part + 1) * rows]), program=program
+    )
+    whole = jax.device_get(layout.gathered(state))
+    compilations = step.train_step._cache_size() - before
+    told = {
+        "losses": [float(loss) for loss in losses],
+        "grad_norms": [float(norm) for norm in norms],
+        "logits": np.asarray(logits).tolist(),
+        "compilations": compilations,
+        "collectives": said,
+        "layout": {
+            name: [str(leaf.sharding.spec), leaf.shape, leaf.addressable_shards[0].data.shape]
+            for name, leaf in tree.flatten({"trainable": state.trainable, "frozen": built.frozen}).items()
+            if layout.mesh is not None
+        },
+    }
+    masks = [leaf for leaf in jax.tree.leaves(whole.opt_state) if leaf.dtype == bool and leaf.ndim == 2]
+    return told | {"mask": masks[0].tolist() if masks else None}
+
+
+if __name__ == "__main__":
+    vit.VARIANTS["meshes_tiny"] = TINY
+    parser = argparse.ArgumentParser()
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--states", type=Path)
+    processes.add_flags(parser)
+    flags = parser.parse_args()
+    processes.start(flags)
+    for runs in flags.runs:
+        names, places = (part.split(",") for part in runs.split(":"))
+        for method, mesh in itertools.product(names, places):
+            found = {"memory": memory, "product": of_product}.get(
+                method, functools.partial(trained, method, flags.states)
+            )
+            print(json.dumps({"method": method, "mesh": mesh, **found(mesh)}), flush=True)

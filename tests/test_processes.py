@@ -1,0 +1,123 @@
+"""Two processes of four virtual devices each: equal to one device, killed and resumed; and what flags are refused."""
+
+import argparse
+import csv
+import json
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import meshes
+import numpy as np
+import pytest
+from support import TINY, virtual_devices
+
+from vitft_jax import config as configs
+from vitft_jax import evaluate, processes, train, tree, vit
+from vitft_jax.checkpoint import Checkpoints
+from vitft_jax.errors import InputError
+
+METHODS = ("full", "lora", "adalora", "skip", "qat")
+
+
+def together(*arguments):
+    """Runs a script in two processes; returns the exit code of each and the output of the first."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, *arguments, "--distributed", f"--coordinator={address}", f"--process_id={i}",
+             "--process_count=2"],
+            cwd=Path(__file__).parent, env=virtual_devices(4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    ended = [process.communicate() for process in started]
+    codes = [process.returncode for process in started]
+    if set(codes) & {1, 2}:
+        pytest.fail("\n".join(error[-2000:] for _, error in ended))
+    first, second = (re.sub(r"\[Gloo\].*\n", "", out) for out, _ in ended)  # which prints past Python
+    assert second == ""  # the first speaks for both
+    return codes, first
+
+
+def test_losses_are_those_of_one_device(monkeypatch, tmp_path):
+    monkeypatch.setitem(vit.VARIANTS, "meshes_tiny", TINY)
+    one_device = {method: meshes.trained(method, tmp_path, "one") for method in METHODS}
+    codes, said = together("meshes.py", f"{','.join(METHODS)}:fsdp", f"--states={tmp_path}")
+    assert codes == [0, 0]
+    found = {line["method"]: line for line in map(json.loads, said.splitlines())}
+    assert set(found) == set(METHODS)
+    for method, line in found.items():
+        one = one_device[method]
+        np.testing.assert_allclose(line["losses"], one["losses"], rtol=1e-5, err_msg=method)
+        assert line["mask"] == one["mask"]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_was_killed_ends_as_one_of_a_single_process(tiny_config, tmp_path):
+    tiny_config.methods = ("lora",)
+    tiny_config.train.batch_size, tiny_config.train.epochs = 8, 3.0
+    reference = train.train(tiny_config, tmp_path / "one")
+
+    (tmp_path / "config.json").write_text(configs.to_json(tiny_config))
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from pathlib import Path\nfrom vitft_jax import config\n\n\n"
+        "def get_config():\n    return config.from_json((Path(__file__).parent / 'config.json').read_text())\n"
+    )
+    flags = (f"--config={file}", f"--workdir={tmp_path / 'two'}", "--config.mesh.fsdp=True")
+    codes, _ = together("dies.py", "6", *flags)
+    assert codes == [-signal.SIGKILL] * 2
+    assert [line["step"] for line in lines(tmp_path / "two")] == [3, 3]
+    shutil.copytree(tmp_path / "two", tmp_path / "moved")
+    codes, said = together("dies.py", "0", *flags)
+    assert codes == [0, 0]
+    assert "step 9  val" in said
+    assert "step 3  val" not in said
+
+    moved = train.train(tiny_config, tmp_path / "moved")  # on one device, and without FSDP
+    for name in ("two", "moved"):
+        one, other = lines(tmp_path / "one"), lines(tmp_path / name)
+        assert [(line["step"], line["split"]) for line in one] == [(line["step"], line["split"]) for line in other]
+        for a, b in zip(one, other, strict=True):
+            for key in a.keys() - {"split", "images_per_second"}:
+                np.testing.assert_allclose(b[key], a[key], rtol=1e-5, err_msg=key)
+    rows = [list(csv.DictReader((tmp_path / run / "predictions_test.csv").open())) for run in ("one", "two")]
+    assert [row["path"] for row in rows[0]] == [row["path"] for row in rows[1]]
+    for name in ("p:dark", "p:grey", "p:light"):
+        np.testing.assert_allclose(*[[float(row[name]) for row in table] for table in rows], atol=2e-6)
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["metrics"] == moved["metrics"] == reference["metrics"]
+    assert summary["best_step"] == moved["best_step"] == reference["best_step"]
+    leaves = []
+    for name in ("one", "two"):  # those of eight devices are read on one
+        with Checkpoints(tmp_path / name / "checkpoints", read_only=True) as checkpoints:
+            leaves.append(tree.flatten(checkpoints.restore_best(None)[0]))
+    for name, leaf in leaves[0].items():
+        np.testing.assert_allclose(leaves[1][name], leaf, atol=1e-6, err_msg=name)
+    assert evaluate.evaluate(tmp_path / "two", "test") == summary["metrics"]["test"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator=host:1"], "only with --distributed"),
+        (["--distributed", "--process_id=0"], "give all of"),
+        (["--distributed", "--coordinator=host:1", "--process_id=2", "--process_count=2"], "from 0 to"),
+        (["--distributed"], "where JAX cannot tell who is who"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, message):
+    parser = argparse.ArgumentParser()
+    processes.add_flags(parser)
+    with pytest.raises(InputError, match=message):
+        processes.start(parser.parse_args(flags))
