@@ -8,7 +8,6 @@ skipping on a model that was trained with all tokens, `--config.methods=lora,ski
 go to `evaluations/<name>/` in the run, and the run's own stay as they are.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,7 +142,7 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
             },
         )
     elif folder.summary.exists():
-        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+        summary = folder.results()
         summary["metrics"][split] = results
         report.write_json(folder.summary, summary)
     figures.draw(path, built.program, trainable, built.frozen, dataset, config)
