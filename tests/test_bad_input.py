@@ -46,14 +46,26 @@ def world(image_folder, tmp_path, monkeypatch):
     return tmp_path
 
 
-def started(root):
-    """A run folder as train leaves it before the first checkpoint."""
-    config, source = run.resolve(configs.load("config.py"))
+@pytest.fixture(scope="session")
+def template(image_folder, tmp_path_factory):
+    """A run folder as train leaves it before the first checkpoint, whose images are at IMAGES."""
+    root = tmp_path_factory.mktemp("template")
+    (root / "config.py").write_text(CONFIG)
+    config, source = run.resolve(configs.load(str(root / "config.py"), [f"data.path={image_folder}"]))
     folder = run.Folder(root / "run")
     dataset = folder.dataset(config)
-    (root / "run").mkdir()
+    config.data.path = "IMAGES"
     folder.open(config, dataset, run.build(config, dataset, source))
     return root / "run"
+
+
+@pytest.fixture
+def started(world, template):
+    """A copy of `template` in `world`."""
+    folder = shutil.copytree(template, world / "run")
+    text = (folder / "config.json").read_text().replace("IMAGES", str(world / "images"))
+    (folder / "config.json").write_text(text)
+    return folder
 
 
 def files(root):
@@ -84,7 +96,7 @@ SETTINGS = [
     ("config.lora.rank", "--config.lora.rank: write --config.lora.rank=VALUE"),
     ("config.lora.rank=many", "config key lora.rank='many': a int is needed"),
     ("config.lora.rank=-1", "lora.rank=-1"),
-    ("config.lora.targets=(", "lora.targets"),
+    ("config.lora.targets=(", "lora: '(' is none of"),
     ("config.train.lr=nan", "config key train.lr='nan'"),
     ("config.train.lr=1e999", "config key train.lr=inf: a finite number is needed"),
     ("config.train.epochs=1e999", "config key train.epochs=inf"),
@@ -291,7 +303,7 @@ def test_archives(world, capfd, kind, key):
     if kind == "objects":
         np.savez("x.npz", train_images=np.array([Runs()], dtype=object), train_labels=np.zeros((1, 1), np.uint8))
     else:
-        np.savez("x.npz", train_labels=np.zeros((30, 1), np.uint8))
+        np.savez("x.npz", train_labels=np.arange(30) % 3)
         with zipfile.ZipFile("x.npz", "a", zipfile.ZIP_DEFLATED) as archive:
             if kind == "member":
                 archive.writestr("train_images.npy", pickle.dumps(Runs()))
@@ -330,9 +342,9 @@ def change(path, **values):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_run_folders(world, capsys, name):
+def test_run_folders(world, started, capsys, name):
     damage, message = RUNS[name]
-    damage(started(world))
+    damage(started)
     assert message in refused("evaluate", ["--workdir", "run"], world, capsys)
     if name not in ("no checkpoint", "no run"):
         said = refused("train", ["--config", "config.py", "--workdir", "run"], world, capsys)
@@ -356,17 +368,16 @@ def test_run_folders(world, capsys, name):
         ("quantize", ["--workdir", "nowhere", "--output", "new"], "--workdir nowhere: no run here"),
     ],
 )  # fmt: skip
-def test_other_commands(world, capsys, command, arguments, message):
-    started(world)
+def test_other_commands(world, started, capsys, command, arguments, message):
     assert message in refused(command, arguments, world, capsys)
 
 
-def test_a_command_as_users_start_it(world):
+def test_a_command_as_users_start_it(world, pytestconfig):
     arguments = ["--config", "config.py", "--workdir", "new", "--config.data.table=/etc/passwd"]
     before = files(world)
-    result = subprocess.run(
-        [sys.executable, "-m", "vitft_jax.train", *arguments], capture_output=True, text=True, timeout=120, check=False
-    )
+    environment = {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath)}
+    command = [sys.executable, "-m", "vitft_jax.train", *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert result.stderr.startswith("error: /etc/passwd")
     assert result.stderr.count("\n") == 1

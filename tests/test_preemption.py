@@ -10,7 +10,7 @@ import os, sys, time
 import jax
 from vitft_jax.preemption import Notice, end_at_once
 
-end_at_once()
+end_at_once().__enter__()
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
 jax.process_count()
 with Notice() as notice:

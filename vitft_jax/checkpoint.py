@@ -50,6 +50,7 @@ class Checkpoints:
                 best_fn=_rank,
                 enable_async_checkpointing=False,
                 create=not read_only,
+                cleanup_tmp_directories=not read_only,  # what a process left that was killed while it wrote
                 read_only=read_only,
             ),
             item_handlers={

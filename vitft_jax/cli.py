@@ -67,9 +67,9 @@ def parse_with_overrides(
 
 def main(command: Callable[[], None]) -> None:
     """Runs a command. Whatever is not its own fault ends it with a message on standard error and one of `EXIT_CODES`."""
-    preemption.end_at_once()
     try:
-        command()
+        with preemption.end_at_once():
+            command()
         sys.stdout.flush()
     except InputError as error:
         _end(2, f"error: {error}")

@@ -108,16 +108,16 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
         InputError: No run or no checkpoint there, its data or weights are not what they were, or the overrides need other
             parameters than the run has.
     """
+    if split not in data.SPLITS:
+        raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
+    if Path(name).name != name:
+        raise InputError(f"--name {name}: the name of one folder, without separators")
     folder = Folder(workdir)
     whole = folder.whole()
     config, source = resolve(folder.config(), whole)
     dataset = folder.dataset(config)
-    if split not in data.SPLITS:
-        raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
     built = build(config, dataset, source, whole)
     folder.open(config, dataset, built)
-    if Path(name).name != name:
-        raise InputError(f"--name {name}: the name of one folder, without separators")
     path = workdir
     if overrides:
         trained, config = built, _overridden(config, overrides)

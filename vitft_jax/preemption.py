@@ -5,6 +5,8 @@ A command ends at once (`end_at_once`), but training finishes its step and saves
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 import jax
@@ -13,10 +15,14 @@ from jax.experimental import multihost_utils
 from vitft_jax.errors import Preempted
 
 
-def end_at_once() -> None:
-    """From now on SIGTERM raises `Preempted`, wherever the main thread is."""
-    if threading.current_thread() is threading.main_thread():  # no other thread may
-        signal.signal(signal.SIGTERM, _end)
+@contextmanager
+def end_at_once() -> Iterator[None]:
+    """Within, SIGTERM raises `Preempted` wherever the main thread is."""
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -158,6 +158,8 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], bytes]:
                 raise InputError(f"{path}: {_CONVERT}")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
+        if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise InputError(f"{path}: {strange[0]} is no array")  # numpy hands out such bytes as they are
     except InputError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise a dozen classes on damaged bytes

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from vitft_jax.errors import InputError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "TIFF", "WEBP", "GIF")  # Pillow hands some of the others to outside programs
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")  # Pillow hands some of the others to outside programs
 FITS = ("squash", "crop", "pad")
 
 # Decoded images are kept in memory up to this many bytes per process. Small sets are read again every epoch, and
