@@ -3,7 +3,7 @@ PYTHON := $(shell for p in python3.12 python3.13 python3.11; do $$p -c '' 2>/dev
 PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := .venv/bin/python -m pytest -n auto
 
-.PHONY: demo setup setup-interop test test-interop lint format lock
+.PHONY: demo setup setup-interop test test-slow test-interop lint format lock
 
 setup: .venv/installed
 setup-interop: .venv/installed-interop
@@ -24,7 +24,10 @@ demo: .venv/installed  ## fine-tunes the bundled weights on generated ultrasound
 	.venv/bin/python scripts/demo.py
 
 test: .venv/installed  ## core tests
-	$(PYTEST) -m 'not interop'
+	$(PYTEST) -m 'not interop and not slow'
+
+test-slow: .venv/installed  ## tests that take minutes: a run killed at twenty random moments
+	$(PYTEST) -m slow
 
 test-interop: .venv/installed-interop  ## parity with torch, transformers, peft and timm
 	$(PYTEST) -m interop

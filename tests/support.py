@@ -1,5 +1,6 @@
 """What tests share: tiny models of every family, with adapters."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitft_jax import config as configs
-from vitft_jax import methods, tree, vit
+from vitft_jax import methods, run, step, tree, vit
+from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.methods import skip
 
 TINY = {"patch": 4, "width": 32, "depth": 2, "heads": 4, "hidden": 64}
@@ -89,3 +91,17 @@ def virtual_devices(count):
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
         "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parent / "scripts"))),
     }
+
+
+def trained(workdir):
+    """State and loop of a run's newest checkpoint."""
+    folder = run.Folder(workdir)
+    config, source = run.resolve(folder.config())
+    built = run.build(config, folder.dataset(config), source)
+    with Checkpoints(folder.checkpoints) as checkpoints:
+        return checkpoints.restore(step.init_state(built.program, built.trainable))
+
+
+def lines(workdir):
+    """The entries of a run's log."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -2,10 +2,14 @@
 
 A checkpoint holds three items: `trainable` (adapters and head, or the whole model where it trains), `optimizer` and
 `loop` (input position, best metric so far). Frozen weights are named in `run.json`, not stored; a quantised run stores all.
+
+Orbax does not notice bytes that change in an array later, so digests lie beside its files and are held against them before
+these are read. The two newest checkpoints are kept, so that one is left where the other is damaged.
 """
 
 import logging
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from vitft_jax.errors import InputError
+from vitft_jax import digest, processes
+from vitft_jax.errors import InputError, MachineError
 from vitft_jax.sharding import ONE_DEVICE, Layout
 from vitft_jax.step import State
 
@@ -25,11 +30,19 @@ class Checkpoints:
     """The checkpoints of one run folder; a context manager."""
 
     def __init__(self, folder: Path, read_only: bool = False) -> None:
-        """Opens `folder`, which is created unless `read_only`."""
+        """Opens `folder`; unless `read_only` creates it, and drops damaged checkpoints with a warning.
+
+        Where the best is damaged those after it are dropped too, so that training finds it again.
+        """
         newest_and_best = policies.AnyPreservationPolicy(
-            [policies.LatestN(1), policies.BestN(n=1, get_metric_fn=_rank)]
+            [
+                policies.LatestN(2),
+                policies.BestN(n=1, get_metric_fn=_rank, keep_checkpoints_without_metrics=False),
+            ]
         )
         self._folder = folder
+        if not read_only:
+            _first_alone(self._drop_damaged)
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -37,6 +50,7 @@ class Checkpoints:
                 best_fn=_rank,
                 enable_async_checkpointing=False,
                 create=not read_only,
+                cleanup_tmp_directories=not read_only,  # what a process left that was killed while it wrote
                 read_only=read_only,
             ),
             item_handlers={
@@ -45,6 +59,24 @@ class Checkpoints:
                 "loop": ocp.JsonCheckpointHandler(),
             },
         )
+        if not read_only and self.latest_step is not None:
+            args = ocp.args.Composite(loop=ocp.args.JsonRestore())
+            best = self._manager.restore(self.latest_step, args=args)["loop"].get("best_step")
+            if best is not None and best not in self._manager.all_steps():
+                _first_alone(lambda: self._drop_after(best))
+                self._manager.reload()
+
+    def _drop_damaged(self) -> None:
+        for step in _steps(self._folder):
+            if damage := digest.damage(self._folder / str(step)):
+                print(f"warning: checkpoint {self._folder / str(step)} is damaged and dropped: {damage}", flush=True)
+                shutil.rmtree(self._folder / str(step))
+
+    def _drop_after(self, best: int) -> None:
+        print(f"warning: the best checkpoint, {self._folder / str(best)}, is lost; training goes back to before it")
+        for step in _steps(self._folder):
+            if step > best:
+                shutil.rmtree(self._folder / str(step))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -52,17 +84,35 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self._manager.close()
 
-    def save(self, state: State, loop: dict[str, Any], rank: Sequence[float]) -> None:
-        """Saves a checkpoint whole or not at all. The best has the highest `rank`; of equal ranks, the first."""
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                trainable=ocp.args.StandardSave(state.trainable),
-                optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
-                loop=ocp.args.JsonSave(loop),
-            ),
-            metrics={"rank": [*rank, -int(state.step)]},
-        )
+    def save(self, state: State, loop: dict[str, Any], rank: Sequence[float] | None) -> None:
+        """Saves a checkpoint whole or not at all. The best has the highest `rank`; of equal ranks, the first.
+
+        Args:
+            state: What training changes.
+            loop: What else it needs to go on; JSON. `best_step` in it names the checkpoint that must not get lost.
+            rank: None for a checkpoint that can never be the best.
+
+        Raises:
+            MachineError: It could not be written.
+        """
+        step = int(state.step)
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardSave(state.trainable),
+                    optimizer=ocp.args.StandardSave({"step": state.step, "state": state.opt_state}),
+                    loop=ocp.args.JsonSave(loop),
+                ),
+                metrics=None if rank is None else {"rank": [*rank, -step]},
+            )
+            if processes.first():
+                digest.write(self._folder / str(step))
+        except (OSError, ValueError) as error:
+            raise MachineError(
+                f"{self._folder}: the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}). "
+                "Make room or mend the disk; the same command then goes on from the checkpoint before"
+            ) from error
 
     @property
     def latest_step(self) -> int | None:
@@ -85,11 +135,16 @@ class Checkpoints:
         In the shapes and places of `like`; where that is None in the shapes that were saved, placed by `layout`.
 
         Raises:
-            InputError: There is no checkpoint.
+            InputError: There is no checkpoint, or it is damaged.
         """
         step = self._manager.best_step()
         if step is None:
             raise InputError(f"{self._folder}: no checkpoint here; train the run first")
+        if damage := digest.damage(self._folder / str(step)):
+            raise InputError(
+                f"{self._folder / str(step)}: the best checkpoint is damaged ({damage}); restore it from a copy, or delete "
+                "summary.json and train on: training then goes back to before it"
+            )
         if like is None:
             saved = self._manager.item_metadata(step)["trainable"].tree
             wanted = layout.shapes(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), saved))
@@ -97,6 +152,18 @@ class Checkpoints:
             wanted = _abstract(like)
         args = ocp.args.Composite(trainable=ocp.args.StandardRestore(wanted))
         return self._manager.restore(step, args=args)["trainable"], step
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that Orbax has finished writing."""
+    return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
+
+
+def _first_alone(work: Callable[[], None]) -> None:
+    """Runs something in the first process, while the others wait."""
+    if processes.first():
+        work()
+    processes.wait("checkpoints")
 
 
 def _rank(metrics: dict[str, list[float]]) -> tuple[float, ...]:

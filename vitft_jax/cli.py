@@ -1,19 +1,33 @@
-"""Command lines: flags, config overrides, and errors as one line."""
+"""Command lines: flags, config overrides, and errors as one message with an exit code."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
+
 from vitft_jax import config as configs
-from vitft_jax.errors import InputError, nearest
+from vitft_jax import preemption
+from vitft_jax.errors import InputError, MachineError, Preempted, nearest
+
+EXIT_CODES = """exit codes:
+    0  done
+    1  a defect of the program, with a traceback; please report it
+    2  the input is at fault: the message says what, where, and what to do
+   74  the machine is at fault, such as a full disk; once it is mended the same command goes on
+   75  ended by SIGTERM, as before a preemption; the same command goes on
+  130  ended by Ctrl-C; the same command goes on"""
+
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
-    """A parser whose help ends with an example."""
+    """A parser whose help ends with an example and the exit codes."""
     return argparse.ArgumentParser(
         description=description,
-        epilog=f"example:\n  {example}",
+        epilog=f"example:\n  {example}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -52,15 +66,38 @@ def parse_with_overrides(
 
 
 def main(command: Callable[[], None]) -> None:
-    """Runs a command; bad input ends it with one line on standard error and exit code 2."""
+    """Runs a command. Whatever is not its own fault ends it with a message on standard error and one of `EXIT_CODES`."""
     try:
-        command()
+        with preemption.end_at_once():
+            command()
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"error: {error}")
+    except MachineError as error:
+        _end(74, f"error: {error}")
+    except Preempted as end:
+        _end(75, str(end))
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _end(130, "interrupted; the same command goes on from the last checkpoint")
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        _end(
+            74, f"error: {error.filename or 'a file'}: {error.strerror}; once that is mended, the same command goes on"
+        )
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = (str(error) or "no more to be had").splitlines()[0]
+        _end(
+            74,
+            f"error: out of memory: {first}. Smaller train.batch_size, more train.accumulate or smaller images need less",
+        )
+
+
+def _end(code: int, message: str) -> None:
+    """Ends the process. Names from outside may hold control characters, which would command the terminal."""
+    print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message), file=sys.stderr)
+    sys.exit(code)

@@ -6,6 +6,7 @@ A config file is Python with ``get_config()``: it takes `default()`, edits what 
 import ast
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def default() -> Config:
     d.fit = "squash"  # 'squash' keeps the whole field of view, 'crop' the aspect ratio, 'pad' both
     d.val_fraction = 0.1  # share of the images, in whole groups, where the table has no split
     d.test_fraction = 0.2
+    d.links = False  # folder: take images that links bring in from outside it; only where you trust the whole folder
     d.workers = 0  # processes that read images; 0 = threads of this one, right for small image sets
 
     c.augment = a = Config()  # of training images; ultrasound has an up and a down, so nothing flips vertically
@@ -83,6 +85,9 @@ def default() -> Config:
     t.class_weights = False  # weigh classes by their inverse frequency in the training split
     t.best_metric = "auroc"  # of the validation split; chooses the checkpoint that is kept as best
     t.patience = 0  # epochs without a better `best_metric` before the run stops; 0 = never
+    t.nan_retries = (
+        0  # times that a loss that is not finite brings the run back to its last checkpoint, at half the `lr`
+    )
 
     c.lora = lo = Config()  # of all its variants: lora, dora, pissa
     lo.rank = 8
@@ -142,8 +147,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:  # whatever a user's file raises
+    except (Exception, SystemExit) as error:  # whatever a user's file raises
         raise InputError(f"--config {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise InputError(f"--config {path}: get_config() returned {type(config).__name__}; return a ConfigDict")
     override(config, overrides)
     return config
 
@@ -205,6 +212,9 @@ def check(config: Config) -> None:
         "remat": ("none", "dots", "full"),
     }
     values = _flat(config)
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"config key {key}={value}: a finite number is needed")
     for key, choices in allowed.items():
         if values[key] not in choices:
             raise InputError(f"config key {key}={values[key]!r}: one of {', '.join(map(repr, choices))}")
@@ -214,6 +224,7 @@ def check(config: Config) -> None:
         "train.weight_decay": 0,
         "train.clip": 0,
         "train.patience": 0,
+        "train.nan_retries": 0,
         "train.epochs": 0,
         "figures.count": 0,
         "mesh.data": 0,
@@ -222,6 +233,9 @@ def check(config: Config) -> None:
     for key, low in lowest.items():
         if values[key] < low:
             raise InputError(f"config key {key}={values[key]}: at least {low}")
+    for key, high in {"data.image_size": 2**14, "train.batch_size": 2**20}.items():  # beyond is a slip of the hand
+        if values[key] > high:
+            raise InputError(f"config key {key}={values[key]}: at most {high}")
     for key in ("train.warmup", "train.label_smoothing", "data.val_fraction", "data.test_fraction"):
         if not 0 <= values[key] < 1:
             raise InputError(f"config key {key}={values[key]}: at least 0 and below 1")
@@ -253,16 +267,25 @@ def from_json(text: str) -> Config:
     """Inverse of `to_json`.
 
     Raises:
-        InputError: A key is unknown to this version.
+        InputError: It is no JSON object, a key is unknown to this version, or a value has the wrong type or is out of range.
     """
     config = default()
-    for key, value in tree.flatten(json.loads(text)).items():
-        key = key.replace("/", ".")
-        known = _flat(config)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"config.json: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError("config.json: expected a JSON object")
+    known = _flat(config)
+    for key, value in tree.flatten(content).items():
+        key, value = key.replace("/", "."), _tuples(value)
         if key not in known:
             raise InputError(f"config.json: unknown key {key!r}; {nearest(key, known)}")
+        if type(value) is not type(known[key]):
+            raise InputError(f"config.json: {key} is {value!r}; a {type(known[key]).__name__} is needed")
         group, _, leaf = key.rpartition(".")
-        (config[group] if group else config)[leaf] = _tuples(value)
+        (config[group] if group else config)[leaf] = value
+    check(config)
     return config
 
 

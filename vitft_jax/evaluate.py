@@ -8,7 +8,6 @@ skipping on a model that was trained with all tokens, `--config.methods=lora,ski
 go to `evaluations/<name>/` in the run, and the run's own stay as they are.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,18 +108,18 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
         InputError: No run or no checkpoint there, its data or weights are not what they were, or the overrides need other
             parameters than the run has.
     """
+    if split not in data.SPLITS:
+        raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
+    if Path(name).name != name:
+        raise InputError(f"--name {name}: the name of one folder, without separators")
     folder = Folder(workdir)
     whole = folder.whole()
     here = [text for text in overrides if text.startswith(configs.WHERE)]
     overrides = [text for text in overrides if text not in here]
     config, source = resolve(_overridden(folder.config(), here), whole)
     dataset = folder.dataset(config)
-    if split not in data.SPLITS:
-        raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
     built = build(config, dataset, source, whole)
     folder.open(config, dataset, built)
-    if Path(name).name != name:
-        raise InputError(f"--name {name}: the name of one folder, without separators")
     path = workdir
     if overrides:
         trained, config = built, _overridden(config, overrides)
@@ -145,7 +144,7 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
             },
         )
     elif folder.summary.exists():
-        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+        summary = folder.results()
         summary["metrics"][split] = results
         report.write_json(folder.summary, summary)
     figures.draw(path, built.program, trainable, built.frozen, dataset, config)

@@ -71,7 +71,7 @@ def sheet(pictures: np.ndarray, masks: Mapping[int, np.ndarray], titles: list[st
     axes = figure.subplots(len(pictures), columns, squeeze=False)
     for i, picture in enumerate(pictures):
         axes[i, 0].imshow(picture)
-        axes[i, 0].set_title(titles[i], fontsize=7)
+        axes[i, 0].set_title(titles[i], fontsize=7, parse_math=False)  # a name may hold dollars
         for axis, (block, mask) in zip(axes[i, 1:], masks.items(), strict=True):
             axis.imshow(dim(picture, mask[i]))
             if 0 < mask[i].sum() < mask[i].size:  # without colours the outline tells dark tissue from what is dimmed

@@ -19,6 +19,7 @@ from vitft_jax.vit import VARIANTS, ViT
 
 BUNDLED = Path(__file__).parent / "weights" / "phantom_micro"
 
+_DEEPEST = 1000  # blocks; to build many more from a damaged config.json would take hours
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -174,6 +175,8 @@ def _check_whole(model: dict[str, Any], source: str, problems: list[str]) -> Non
         )
     if unknown or not model["depth"]:
         _raise_any([f"no tensor tells {', '.join(unknown) or 'depth'}", *problems], f"{source}: not a whole ViT")
+    if model["depth"] > _DEEPEST:
+        raise InputError(f"{source}: {model['depth']} blocks are more than any ViT has (at most {_DEEPEST} are read)")
     if model["width"] % model["heads"]:
         raise InputError(f"{source}: width {model['width']} does not divide into {model['heads']} heads")
 

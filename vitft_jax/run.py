@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vitft_jax import config as configs
-from vitft_jax import data, methods, optim, pretrained, processes, report, sharding, step, tree
+from vitft_jax import data, lock, methods, optim, pretrained, processes, report, sharding, step, tree
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.sharding import Layout
@@ -299,6 +299,20 @@ def class_weights(dataset: data.Dataset) -> tuple[float, ...]:
     return tuple((len(labels) / (len(counts) * counts)).tolist())
 
 
+_FIRST = {lock.FILE, "config.json", "config.json.part", "split.csv", "run.json.part"}
+"""What a command that was killed may leave in a folder before there is a run."""
+
+
+def _read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); restore it from a copy") from error
+    if not isinstance(content, dict) or any(key not in content for key in keys):
+        raise InputError(f"{path}: no object with {', '.join(keys)}; restore it from a copy")
+    return content
+
+
 class Folder:
     """A run folder."""
 
@@ -320,8 +334,6 @@ class Folder:
         Raises:
             InputError: It holds a run with another config, or files that are no run.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"--workdir {self.path}: is a file")
         if self.exists:
             differ = configs.differences(self.config(), config)
             if other := [text for text in differ if not text.startswith(configs.WHERE)]:
@@ -329,7 +341,7 @@ class Folder:
                     f"--workdir {self.path} holds another run; it differs in {'; '.join(other[:5])}. "
                     "Choose another --workdir, or delete this one"
                 )
-        elif self.path.exists() and any(self.path.iterdir()) and not (self.path / "config.json").exists():
+        elif {path.name for path in self.path.glob("*")} - _FIRST:
             raise InputError(f"--workdir {self.path}: has files in it that are no run; choose an empty or new folder")
 
     def open(self, config: configs.Config, dataset: data.Dataset, built: Built) -> None:
@@ -365,11 +377,20 @@ class Folder:
         """
         if not self.exists:
             raise InputError(f"--workdir {self.path}: no run here (a run folder has config.json and run.json)")
-        return configs.from_json((self.path / "config.json").read_text(encoding="utf-8"))
+        try:
+            return configs.from_json((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"{self.path / 'config.json'}: cannot be read ({error}); restore it from a copy"
+            ) from error
 
     def resolved(self) -> dict[str, Any]:
         """Contents of `run.json`: weights, classes, multilabel; and of a whole model, what it is."""
-        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        return _read_json(self.path / "run.json", ("weights", "classes", "multilabel"))
+
+    def results(self) -> dict[str, Any]:
+        """Contents of `summary.json`."""
+        return _read_json(self.summary, ("metrics", "best_step"))
 
     def whole(self) -> dict[str, Any] | None:
         """What `build` needs of a run whose checkpoint holds the whole model; None for other runs."""

@@ -1,13 +1,13 @@
 """Fine-tunes a pretrained Vision Transformer on labelled images.
 
 Writes a run folder: resolved config, metrics, checkpoints (newest and best), predictions, summary and figures. The same
-command goes on where an interrupted run stopped.
+command goes on where an interrupted run stopped, to the same result to the bit; after SIGTERM from the very step.
 """
 
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from vitft_jax import (
     figures,
     flops,
     metrics,
+    optim,
     processes,
     report,
     run,
@@ -31,8 +32,10 @@ from vitft_jax import (
 )
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
-from vitft_jax.errors import InputError, nearest
+from vitft_jax.errors import InputError, Preempted, nearest
 from vitft_jax.evaluate import evaluate_split, outputs
+from vitft_jax.lock import Lock
+from vitft_jax.preemption import Notice
 
 LOG_EVERY = 10  # steps between lines in metrics.jsonl
 
@@ -42,7 +45,14 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 
     Raises:
         InputError: Config, data, weights or work directory are at fault; before any training where that can be seen.
+        MachineError: A disk is full, or a process that reads images was killed.
+        Preempted: SIGTERM came; a checkpoint of the last step was saved.
     """
+    with Lock(workdir):
+        return _train(config, workdir)
+
+
+def _train(config: Config, workdir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     config, source = run.resolve(config)
     folder = run.Folder(workdir)
@@ -75,12 +85,12 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     folder.open(config, dataset, built)
     print(_headline(config, dataset, built, workdir), flush=True)
     if folder.summary.exists():  # the last thing that a run writes
-        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+        summary = folder.results()
         report.print_results(f"{workdir} is finished (best step {summary['best_step']})", summary["metrics"])
         return summary
 
     with Checkpoints(folder.checkpoints) as checkpoints:
-        state, timing = _fit(config, dataset, built, batches, folder, checkpoints)
+        state, timing, halved = _fit_again(config, dataset, built, batches, folder, checkpoints)
         trainable, best_step = checkpoints.restore_best(built.trainable)
     told = built.program.method.report(trainable, state.opt_state)
     for name, values in told.items():
@@ -98,6 +108,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
             "best_step": best_step,
             "candidates_from_step": _ready_from(built),
             "method": told,
+            "learning_rate_halved": halved,
             "parameters": built.parameters,
             "bytes": {
                 "trainable": tree.nbytes(built.trainable),
@@ -114,6 +125,43 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
     return summary
 
 
+class _NotFinite(InputError):
+    """The loss is not finite; `halved` is how often the learning rate was halved for that reason already."""
+
+    def __init__(self, message: str, halved: int) -> None:
+        super().__init__(message)
+        self.halved = halved
+
+
+def _fit_again(
+    config: Config,
+    dataset: data.Dataset,
+    built: run.Built,
+    batches: data.Batches,
+    folder: run.Folder,
+    checkpoints: Checkpoints,
+) -> tuple[step.State, dict[str, float], int]:
+    """`_fit`, which goes back to the newest checkpoint with half the learning rate up to ``train.nan_retries`` times.
+
+    Also returns how often it was halved. A checkpoint says what it was saved under, so a run that is killed after it went
+    back meets the same loss again and goes back as often.
+    """
+    halved = 0
+    while True:
+        try:
+            return _fit(config, dataset, built, batches, folder, checkpoints, halved)
+        except _NotFinite as error:
+            if error.halved >= config.train.nan_retries:
+                raise
+            halved = error.halved + 1
+            print(
+                f"warning: {error}\ngoes back to step {checkpoints.latest_step or 0}, the learning rate halved",
+                flush=True,
+            )
+        finally:
+            batches.close()
+
+
 def _fit(
     config: Config,
     dataset: data.Dataset,
@@ -121,25 +169,47 @@ def _fit(
     batches: data.Batches,
     folder: run.Folder,
     checkpoints: Checkpoints,
-) -> tuple[step.State, dict[str, float]]:
-    """The loop over steps, from the newest checkpoint to the end; returns the last state and timing."""
+    halved: int,
+) -> tuple[step.State, dict[str, float], int]:
+    """The loop over steps, from the newest checkpoint to the end; returns the last state, timing and halvings."""
     per_epoch = data.steps_per_epoch(dataset, config.train.batch_size)
     if checkpoints.latest_step is None:
         built = calibration.calibrated(built, dataset, config)
     state = step.init_state(built.program, built.trainable)
-    # `waited` counts the epochs since the best; `input`, added when saved, is the position in the stream of batches.
-    loop: dict[str, Any] = {"best": None, "waited": 0, "stopped": False}
+    # `waited` counts the epochs since the best. When saved, `input` is added, the position in the stream of batches, and
+    # `pending`, the metrics of the steps since the last line of the log.
+    loop: dict[str, Any] = {"best": None, "best_step": None, "waited": 0, "stopped": False, "halved": 0}
+    batches.set_state({"next_batch": 0})
     if checkpoints.latest_step is not None:
-        state, loop = checkpoints.restore(state)
+        state, saved = checkpoints.restore(state)
+        loop |= saved
         batches.set_state(loop["input"])
+    loop["halved"] = max(halved, loop["halved"])
+    built, rate = _slower(config, built, loop["halved"])
     step.check_calibrated(built.program, state.trainable)
     first = done = int(state.step)
     program = built.program_at(done)
     log = report.MetricsLog(folder.metrics, done)
-    meter = Meter(config.train.batch_size)
-    with report.Screen(built.total_steps, done) as screen:
+    meter = Meter(config.train.batch_size, loop.pop("pending", ()))
+
+    def check_finite(validation: float = 0.0) -> None:
+        """Raises _NotFinite if a step since the last line of the log, or the loss of validation after it, is not finite."""
+        fault = meter.not_finite()
+        if fault is None and not math.isfinite(validation):
+            fault = 0, f"the validation loss afterwards is {validation}"
+        if fault is not None:
+            ago, what = fault
+            images = ", ".join(dataset.names[i] for i in meter.indices[-1 - ago])
+            raise _NotFinite(
+                f"step {done - ago}: {what}; learning rate {float(rate(done - ago - 1)):.3g}, images {images}. Look at these "
+                "images, try a lower train.lr, or set train.nan_retries to go back to the last checkpoint with half of it",
+                loop["halved"],
+            )
+
+    with report.Screen(built.total_steps, done) as screen, Notice() as notice:
         while done < built.total_steps and not loop["stopped"]:
-            rows = {key: value for key, value in next(batches).items() if key != "index"}
+            rows = dict(next(batches))
+            indices = rows.pop("index")
             batch = built.program.layout.batch(rows)
             if program is not built.program_at(done):
                 program = built.program_at(done)  # which compiles
@@ -147,7 +217,7 @@ def _fit(
                 meter.leave_out_next()
             state, values = step.train_step(state, built.frozen, batch, program=program)
             done += 1
-            meter.add(values)
+            meter.add(values, indices)
             if done == first + 1:
                 jax.block_until_ready(state)
                 runtime.release()  # compilation leaves much behind
@@ -157,17 +227,34 @@ def _fit(
             left = (built.total_steps - done) * config.train.batch_size / speed
             screen.step(done, meter.loss, speed, left)
             if done % LOG_EVERY == 0 or epoch_ends:
+                check_finite()
                 means = meter.take()
-                if not math.isfinite(means["loss"]):
-                    raise InputError(f"the loss is {means['loss']} by step {done}; try a lower train.lr")
                 log.write(done, "train", {**means, **program.method.report(state.trainable, state.opt_state)})
             if epoch_ends:
                 meter.pause()
-                loop, rank = _validate(config, dataset, built, state, loop, log, screen, done)
-                checkpoints.save(state, {**loop, "input": batches.get_state()}, rank)
+                loop, rank = _validate(config, dataset, built, state, loop, log, screen, done, check_finite)
+                checkpoints.save(state, {**loop, "input": batches.get_state(), "pending": []}, rank)
                 runtime.release()
                 meter.resume()
-    return state, {"train_images_per_second": meter.images_per_second, "steps": done}
+            if notice.came(done):
+                if not epoch_ends:
+                    check_finite()
+                    checkpoints.save(state, {**loop, "input": batches.get_state(), "pending": meter.pending()}, None)
+                raise Preempted(
+                    f"terminated; step {done} of {built.total_steps} is saved and the same command goes on there"
+                )
+    return state, {"train_images_per_second": meter.images_per_second, "steps": done}, loop["halved"]
+
+
+def _slower(config: Config, built: run.Built, halved: int) -> tuple[run.Built, Callable[[int], Any]]:
+    """The run with its learning rate halved so many times, and that rate by step."""
+    config = config.copy_and_resolve_references()
+    config.train.lr *= 0.5**halved
+    if halved:
+        tx = optim.optimizer(config, built.program.method, built.total_steps)
+        phases = tuple((end, replace(program, tx=tx)) for end, program in built.phases)
+        built = replace(built, program=replace(built.program, tx=tx), phases=phases)
+    return built, optim.schedule(config, built.total_steps)
 
 
 def _ready_from(built: run.Built) -> int:
@@ -184,9 +271,11 @@ def _validate(
     log: report.MetricsLog,
     screen: report.Screen,
     done: int,
+    check_finite: Callable[[float], None],
 ) -> tuple[dict[str, Any], list[float]]:
     """Evaluates the validation split; returns what the loop knows afterwards, and the rank of this checkpoint."""
     out = outputs(built.program, state.trainable, built.frozen, dataset, "val", config)
+    check_finite(out.loss)
     values = {"loss": out.loss, **metrics.compute(out.probabilities, out.labels, dataset.multilabel)}
     log.write(done, "val", values)
     name = config.train.best_metric
@@ -201,7 +290,8 @@ def _validate(
     screen.say(f"step {done}  val  {shown}{note if ready else f'  (no candidate before step {_ready_from(built)})'}")
     if stopped:
         screen.say(f"stops: {waited} epochs without a better {name}")
-    return {"best": rank if better else loop["best"], "waited": waited, "stopped": stopped}, rank
+    best, best_step = (rank, done) if better else (loop["best"], loop["best_step"])
+    return {**loop, "best": best, "best_step": best_step, "waited": waited, "stopped": stopped}, rank
 
 
 class Meter:
@@ -210,22 +300,37 @@ class Meter:
     Values stay on the device until they are asked for, so that no step waits for the one before it to be read.
     """
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, pending: Sequence[Mapping[str, float]] = ()) -> None:
+        """Starts with what `pending` returned of an interrupted run."""
         self._batch_size = batch_size
-        self._values: list[dict[str, jax.Array]] = []
+        self._values: list[dict[str, Any]] = [{k: np.float32(v) for k, v in values.items()} for values in pending]
+        self.indices: list[np.ndarray] = []  # in the dataset, of the last batches
         self._steps, self._seconds, self._since = 0, 0.0, math.nan
         self.loss = math.nan
 
-    def add(self, values: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that was dispatched."""
+    def add(self, values: dict[str, jax.Array], indices: np.ndarray) -> None:
+        """Takes the metrics of a step that was dispatched, and the positions of its images in the dataset."""
         if self._values:
             self.loss = float(self._values[-1]["loss"])  # of the step before: this one is still running
         self._values.append(values)
+        self.indices = [*self.indices[1 - LOG_EVERY :], indices]
         if math.isnan(self._since):  # this step compiles: time goes on after it
             jax.block_until_ready(values)
             self.resume()
         else:
             self._steps += 1
+
+    def pending(self) -> list[dict[str, float]]:
+        """The metrics of the steps since `take`, as an interrupted run needs them to go on."""
+        return [{key: float(value) for key, value in values.items()} for values in jax.device_get(self._values)]
+
+    def not_finite(self) -> tuple[int, str] | None:
+        """Of the steps since `take`, how long ago the first was whose metrics are not finite (0: the last), and what is not."""
+        for ago, values in reversed(list(enumerate(reversed(self.pending())))):
+            for key, value in values.items():
+                if not math.isfinite(value):
+                    return ago, f"the {key.replace('_', ' ')} is {value}"
+        return None
 
     def take(self) -> dict[str, float]:
         """Means since it was last called, and the speed so far."""

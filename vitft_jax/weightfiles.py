@@ -158,6 +158,8 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], bytes]:
                 raise InputError(f"{path}: {_CONVERT}")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
+        if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise InputError(f"{path}: {strange[0]} is no array")  # numpy hands out such bytes as they are
     except InputError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise a dozen classes on damaged bytes
@@ -182,7 +184,7 @@ def _is_pickle(path: Path) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object")

@@ -4,6 +4,10 @@ Every batch is a function of its number, the dataset and the seed alone. So the 
 threads, workers or processes, and the state of an iterator is one number.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,13 +21,14 @@ from vitft_jax.data.augment import check_augment
 from vitft_jax.data.images import check_fit, resize
 from vitft_jax.data.mix import mix, mixes
 from vitft_jax.data.sources import Dataset
-from vitft_jax.errors import InputError
+from vitft_jax.errors import InputError, MachineError
 
 Batch = dict[str, np.ndarray]
 
 _THREADS = 4  # each reads a whole batch; the GIL bounds what more would gain, and the train step needs the cores too
 _AHEAD = 4  # batches read ahead in-process, one for each thread
 _AHEAD_WORKER = 2  # batches read ahead by each worker process
+_GRACE = 30.0  # seconds that a worker goes on after SIGTERM
 _ENDLESS = 10**9  # epochs; grain's own endless repeat overflows where a batch has one row
 
 
@@ -41,7 +46,12 @@ class Batches(Iterator[Batch]):
         self._reader: grain.DatasetIterator | None = None
 
     def __next__(self) -> Batch:
-        """Returns the next batch; raises InputError, naming the file, if an image cannot be read."""
+        """Returns the next batch.
+
+        Raises:
+            InputError: An image cannot be read; names the file.
+            MachineError: A worker process died.
+        """
         if self._reader is None:
             self._reader = self._open()
         try:
@@ -49,6 +59,13 @@ class Batches(Iterator[Batch]):
         except StopIteration:
             self.close()  # worker processes would otherwise stay until the iterator is collected
             raise
+        except RuntimeError as error:
+            if not self._workers or "Worker process was terminated" not in str(error):
+                raise
+            raise MachineError(
+                f"a process that reads images died ({str(error).split('. ')[0]}), as when memory runs out; the same command "
+                f"goes on from the last checkpoint. Fewer than data.workers={self._workers}, or 0, need less memory"
+            ) from error
         self._next += 1
         return batch
 
@@ -75,7 +92,7 @@ class Batches(Iterator[Batch]):
             flags.FLAGS.mark_as_parsed()  # grain asks absl for flags, which fails in a notebook or a test
         read = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=_AHEAD_WORKER)
-        return iter(read.mp_prefetch(options))
+        return iter(read.mp_prefetch(options, worker_init_fn=_start_worker))
 
 
 def train_batches(
@@ -176,6 +193,18 @@ def eval_batches(
 def steps_per_epoch(dataset: Dataset, batch_size: int) -> int:
     """Returns how many train batches of `batch_size` (over all processes) hold an epoch, rounded up."""
     return -(-len(dataset.indices("train")) // batch_size)
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Makes a worker end when its parent is killed, and outlive a SIGTERM to both that lets the parent save its state."""
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_GRACE, os._exit, (1,)).start())
 
 
 @dataclass(frozen=True, repr=False)  # grain puts the repr into names, and it would list the whole dataset

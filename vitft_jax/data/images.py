@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from vitft_jax.errors import InputError
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")  # Pillow hands some of the others to outside programs
 FITS = ("squash", "crop", "pad")
 
 # Decoded images are kept in memory up to this many bytes per process. Small sets are read again every epoch, and
@@ -72,7 +73,7 @@ def decode(source: str | Path | bytes, *, max_side: int = 0, place: str = "") ->
     """
     try:
         # Given a path instead of an open file, Pillow maps uncompressed TIFFs into memory and scrambles turned ones.
-        with _file(source) as file, Image.open(file) as opened:
+        with _file(source) as file, Image.open(file, formats=FORMATS) as opened:
             opened.load()
             return to_8_bit(ImageOps.exif_transpose(opened), max_side)
     except Exception as error:  # a damaged file can make PIL raise nearly anything; all of it means the same here
@@ -206,7 +207,7 @@ class EncodedImages(Sequence[Image.Image], ABC):
     def _verify(self, index: int) -> None:
         source = self._source(index)
         try:
-            with _file(source) as file, Image.open(file) as image:
+            with _file(source) as file, Image.open(file, formats=FORMATS) as image:
                 image.verify()
         except Exception as error:
             raise _unreadable(source, self._places[index], error) from error
@@ -243,7 +244,11 @@ class ImageFiles(EncodedImages):
 
 
 def _file(source: str | Path | bytes) -> BinaryIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if Path(source).exists() and not Path(source).is_file():  # to open a pipe would wait for ever
+        raise FileNotFoundError
+    return Path(source).open("rb")
 
 
 def _unreadable(source: str | Path | bytes, place: str, error: Exception) -> InputError:

@@ -73,7 +73,8 @@ def load(
         follows how far very large images are reduced when read), and `source` with what it reads:
         - 'phantom': `name`, see `phantom.prepare` ('' is 'target');
         - 'folder': `path` (the image folder), `table` (CSV file, relative to `path` or absolute; '' for one sub-folder
-          per class), `labels` (names of 0/1 columns for multi-label, else ());
+          per class), `labels` (names of 0/1 columns for multi-label, else ()), `links` (whether images may be links that
+          lead out of the folder);
         - 'tfds': `name`, `path` and `labels`, see `tfds_source`;
         - 'npz': `path` and `labels`, see `npz_source`;
         - '': what `path` is; 'phantom' without one.
@@ -131,9 +132,22 @@ def _folder(config: ConfigDict, table: str | Path | None) -> tuple[Examples, Ima
         raise InputError("data.labels names columns, so data.table must name the table that has them.")
     else:
         examples = _scan(root)
+    if not config.get("links"):
+        _check_links(root, examples)
     found = tuple(config.labels) if config.labels else tuple(sorted(set(examples.labels)))
     max_side = side_to_keep(config.image_size)
     return examples, ImageFiles(root, examples.names, places=examples.places, max_side=max_side), found
+
+
+def _check_links(root: Path, examples: Examples) -> None:
+    """Refuses images that are not in the folder but linked to: who made the folder may not be who may read them."""
+    for name, place in zip(examples.names, examples.places, strict=True):
+        real = Path(os.path.realpath(root / name))
+        if not real.is_relative_to(root):
+            raise InputError(
+                f"{place}: is linked to {real}, outside the image folder {root}; copy it in, or set data.links=True "
+                "if you trust this folder"
+            )
 
 
 def _phantom(config: ConfigDict, table: str | Path | None) -> tuple[Examples, Images, tuple[str, ...]]:
@@ -195,6 +209,11 @@ def _scan(root: Path) -> Examples:
             raise InputError(f"{root / folder} holds no images; fill or remove this class folder.{hint}")
         names += [f"{folder}/{file}" for file in files]
         labels += [folder] * len(files)
+    for name in names:
+        if (
+            not name.isascii() and name.encode(errors="replace").decode() != name
+        ):  # it could not be written to any table
+            raise InputError(f"{root}: {name!r} is not a name in UTF-8; rename the file or folder")
     return Examples(tuple(names), tuple(labels), tuple(names), None, tuple(names))
 
 
