@@ -70,6 +70,9 @@ def default() -> Config:
     t.clip = 1.0  # largest global norm of the gradient; 0 = off
     t.label_smoothing = 0.0
     t.class_weights = False  # weigh classes by their inverse frequency in the training split
+    t.balanced = False  # draw every class (label, or none) equally often; probabilities then favour the rare ones
+    t.focal_gamma = 0.0  # focal loss: (1 - p)^gamma times the loss, so easy images count less, such as 2; 0 = off
+    t.thresholds = "f1"  # of labels, chosen on validation: the best 'f1' of each, 'youden' (sens. + spec.), or 'half'
     t.best_metric = "auroc"  # of the validation split; chooses the checkpoint that is kept as best
     t.patience = 0  # epochs without a better `best_metric` before the run stops; 0 = never
 
@@ -191,6 +194,7 @@ def check(config: Config) -> None:
         "dtype": ("float32", "bfloat16"),
         "data.fit": ("squash", "crop", "pad"),
         "model.features": ("", "cls", "mean", "cls+mean"),
+        "train.thresholds": ("f1", "youden", "half"),
     }
     values = _flat(config)
     for key, choices in allowed.items():
@@ -202,6 +206,7 @@ def check(config: Config) -> None:
         "train.weight_decay": 0,
         "train.clip": 0,
         "train.patience": 0,
+        "train.focal_gamma": 0,
         "train.epochs": 0,
         "figures.count": 0,
     }
@@ -213,6 +218,8 @@ def check(config: Config) -> None:
             raise InputError(f"config key {key}={values[key]}: at least 0 and below 1")
     if not values["train.steps"] and not values["train.epochs"]:
         raise InputError("config keys train.steps and train.epochs are both 0: nothing to train")
+    if config.train.class_weights and config.train.balanced:
+        raise InputError("config keys train.class_weights and train.balanced both correct for rare classes: choose one")
     if config.train.batch_size % config.train.accumulate:
         raise InputError(
             f"config key train.batch_size={config.train.batch_size} does not divide into "
