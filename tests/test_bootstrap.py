@@ -95,7 +95,18 @@ def test_large_data_in_pieces(monkeypatch):
     np.testing.assert_allclose(pieces["high"], whole["high"], atol=0.02)
 
 
-def test_a_proportion_without_an_error_is_not_certain():
+def test_a_rare_class_makes_the_interval_of_a_mean_over_classes_wide():
+    """4 groups of 34 have the third class: Welch's degrees of freedom of means of 15, 15 and 4 are 9 (without the - 1)."""
+    labels, groups = np.repeat([0, 1, 2], [15, 15, 4]), np.arange(34)
+    units = metrics._groups_behind(labels, labels, groups, 3)
+    share = 1 / np.array([15, 15, 4])
+    assert units["balanced_accuracy"] == round((share.sum() ** 2) / (share**3).sum()) == 9
+    np.testing.assert_array_equal(units["per_class/sensitivity"], [15, 15, 4])
+    even = metrics._groups_behind(labels[:30], labels[:30], groups[:30], 2)
+    assert even["balanced_accuracy"] == 30
+
+
+def test_no_error_is_no_certainty():
     """12 of 12 images right in 4 groups: as if 4 of 4 trials had succeeded, 0.398 to 1 (Clopper-Pearson)."""
     groups = list("aaabbbcccddd")
     p, labels = np.tile([0.9, 0.1], (12, 1)), np.zeros(12, int)
@@ -107,7 +118,10 @@ def test_a_proportion_without_an_error_is_not_certain():
     of_three = stats.binomtest(3, 3).proportion_ci(0.95, method="exact")
     assert found["per_class"]["x"]["sensitivity"]["low"] == pytest.approx(of_three.low)
     assert found["per_class"]["y"]["sensitivity"]["low"] == pytest.approx(0.025)  # one group
-    none = bootstrap.bootstrap(mean_of(np.zeros(12)), groups, 50, proportions=("mean",))["mean"]
+    for name in ("auroc", "f1_macro", "balanced_accuracy", "average_precision"):
+        assert found["metrics"][name]["value"] == found["metrics"][name]["high"] == 1
+        assert 0.1 < found["metrics"][name]["low"] < 0.6, name
+    none = bootstrap.bootstrap(mean_of(np.zeros(12)), groups, 50, shares=("mean",))["mean"]
     assert (none["low"], none["high"]) == (0, pytest.approx(1 - exact.low))
 
 

@@ -52,7 +52,7 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
     units: Mapping[str, np.ndarray] | None = None,
-    proportions: Sequence[str] = (),
+    shares: Sequence[str] = (),
     biased: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Values of statistics with their intervals.
@@ -63,10 +63,10 @@ def bootstrap(
         resamples: Number of them.
         level: Of the intervals.
         seed: Of the resamples.
-        units: For some statistics, how many of the groups they rest on, `(...)`, such as those that have a class; others rest
-            on all of them.
-        proportions: Names of the statistics that are shares of right images or decisions. Where all are right, or none is, no
-            resample differs; the other end is then the exact (Clopper-Pearson) one of as many trials as there are groups.
+        units: For some statistics, how many groups they rest on, `(...)`, such as those that have a class; others rest on
+            all of them.
+        shares: Names of the statistics in 0..1 that are 1 (or 0) where there is no error, as a share of right images is. No
+            resample differs then; the other end is the exact (Clopper-Pearson) one of as many trials as there are groups.
         biased: Names of the statistics that are biased in small samples, as a mean of absolute values is. Their resamples have
             the same bias once more, so their intervals are mirrored at the value ("basic"), and cover less than they should.
 
@@ -87,7 +87,7 @@ def bootstrap(
                 n = int(behind[i])
                 row = drawn[name][i]
                 row = row[~np.isnan(row)]
-                if name in proportions and value[i] in (0, 1):
+                if name in shares and value[i] in (0, 1):
                     ends = _exact(float(value[i]), n, level)
                 elif n > 1 and row.size:
                     tail = _tail(n, level)

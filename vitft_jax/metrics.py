@@ -42,15 +42,15 @@ MULTILABEL = (
 )
 HEADLINE = 4  # of these names come first: what a line of progress or a table of runs has room for
 PER_CLASS = ("precision", "sensitivity", "specificity", "f1", "auroc", "average_precision")
-PROPORTIONS = (
-    "accuracy",
-    "subset_accuracy",
-    "recall_weighted",
-    "per_class/precision",
-    "per_class/sensitivity",
-    "per_class/specificity",
-)
-"""Metrics that are shares of images, see `bootstrap.bootstrap`."""
+MEANS_OVER_CLASSES = {
+    "balanced_accuracy": "sensitivity",
+    "recall_macro": "sensitivity",
+    "precision_macro": "precision",
+    "f1_macro": "f1",
+    "auroc": "auroc",
+    "average_precision": "average_precision",
+}
+"""Of which metric of a class each is the mean."""
 LOWER_IS_BETTER = ("hamming", "brier", "ece", "loss")
 CALIBRATED = ("ece", "brier", "loss")  # what temperature scaling is for
 RESAMPLES = 1000  # of the bootstrap; each end of a 95 % interval then rests on 25 draws
@@ -241,7 +241,9 @@ def assess(
         level,
         seed,
         units=_groups_behind(decided, labels, groups, len(classes)),
-        proportions=PROPORTIONS,
+        shares=[
+            name for name in (*names(multilabel), *(f"per_class/{m}" for m in PER_CLASS)) if name not in CALIBRATED
+        ],
         biased=("ece",),
     )
     counts = confusion(decided, labels, len(classes))
@@ -259,7 +261,11 @@ def assess(
 def _groups_behind(
     decided: np.ndarray, labels: np.ndarray, groups: Sequence[str], classes: int
 ) -> dict[str, np.ndarray]:
-    """How many groups the metrics of a class rest on, `(C,)` by name: those that have an image in its denominator."""
+    """How many groups the metrics of a class, `(C,)`, and their means over classes rest on.
+
+    For a class these are the groups that have an image in the denominator; for the mean, its degrees of freedom by the
+    approximation of Welch and Satterthwaite, if images of all classes vary alike. So a rare class makes them few.
+    """
     number = np.unique(np.asarray(groups), return_inverse=True)[1]
 
     def count(member: np.ndarray) -> np.ndarray:
@@ -267,15 +273,20 @@ def _groups_behind(
 
     truth, chosen = (x > 0 if x.ndim == 2 else x[:, None] == np.arange(classes) for x in (labels, decided))
     with_class, without = count(truth), count(~truth)
-    behind = {
+    each = {
         "precision": count(chosen),
         "sensitivity": with_class,
         "specificity": without,
         "f1": count(truth | chosen),
         "auroc": np.minimum(with_class, without),
-        "average_precision": np.minimum(with_class, without),
+        "average_precision": with_class,
     }
-    return {f"per_class/{name}": value for name, value in behind.items()}
+    behind = {f"per_class/{name}": value for name, value in each.items()}
+    for mean, of in MEANS_OVER_CLASSES.items():
+        share = 1 / each[of][each[of] > 0]
+        freedom = share.sum() ** 2 / (share**3).sum() if share.size else 0
+        behind[mean] = np.array(max(2, min(round(freedom), number.max() + 1)))
+    return behind
 
 
 def change(

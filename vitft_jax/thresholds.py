@@ -49,7 +49,7 @@ def _mean_best(score: np.ndarray, truth: np.ndarray, weights: np.ndarray, rule: 
     )
     positives, negatives = hits[0], alarms[0]
     if rule == "f1":
-        quality = 2 * hits / (hits + alarms + positives)
+        quality = 2 * hits / np.maximum(hits + alarms + positives, 1)
     else:
         quality = hits / np.maximum(positives, 1) - alarms / np.maximum(negatives, 1)
     usable = (positives > 0) & (negatives > 0)
