@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from vitft_jax import cli, metrics, report, runtime
+from vitft_jax import bootstrap, cli, metrics, report, runtime
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.ptq.recipe import Recipe
 from vitft_jax.quantize import Options, quantize
@@ -49,19 +49,17 @@ def pooled_change(before: Sequence[Path], after: Sequence[Path], metric: str) ->
     for (old, new), run in zip(pairs, after, strict=True):
         if old.names != new.names:
             raise InputError(f"{run}: its test images are not those of its float run; give the runs in the same order")
-    seed = np.concatenate([np.full(len(old.names), i) for i, (old, _) in enumerate(pairs)])
-    place = np.concatenate([np.arange(len(old.names)) for old, _ in pairs])
+    ends = np.cumsum([len(old.names) for old, _ in pairs])
 
-    def change(rows: np.ndarray) -> dict[str, float]:
+    def change(weights: np.ndarray) -> dict[str, np.ndarray]:
         found = []
-        for i, (old, new) in enumerate(pairs):
-            chosen = place[rows[seed[rows] == i]]
-            was, now = (metrics.compute(p.probabilities[chosen], p.labels[chosen], p.multilabel) for p in (old, new))
-            found.append(now[metric] - was[metric])
-        return {metric: statistics.fmean(found)}
+        for (old, new), of_seed in zip(pairs, np.split(weights, ends[:-1]), strict=True):
+            difference = metrics.paired(old.probabilities, new.probabilities, old.labels, (old.decided, new.decided))
+            found.append(difference(of_seed)[metric])
+        return {metric: np.mean(found, axis=0)}
 
     groups = [group for old, _ in pairs for group in old.groups]
-    return metrics.bootstrap(change, groups, metrics.RESAMPLES)[metric]
+    return bootstrap.bootstrap(change, groups, metrics.RESAMPLES)[metric]
 
 
 def row(name: str, before: Sequence[Path], after: Sequence[Path]) -> str:

@@ -12,12 +12,14 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from vitft_jax import metrics, report
+
 
 def cell(summaries: list[dict[str, Any]], split: str, metric: str) -> str:
     """One number with its spread."""
     found = [summary["metrics"][split][metric] for summary in summaries]
     if len(found) == 1:
-        return f"{found[0]['value']:.3f} ({found[0]['low']:.3f} to {found[0]['high']:.3f})"
+        return report.interval(found[0], metric)
     values = [item["value"] for item in found]
     return f"{statistics.mean(values):.3f} [{min(values):.3f} to {max(values):.3f}]"
 
@@ -32,9 +34,9 @@ def main() -> None:
     for run in options.runs:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         rows.setdefault(re.sub(r"_?\d+$", "", run.name), []).append(summary)
-    metrics = list(next(iter(rows.values()))[0]["metrics"][options.split])
-    print(f"| run | seeds | trainable | checkpoint | {' | '.join(metrics)} |")
-    print("|---" * (4 + len(metrics)) + "|")
+    shown = list(next(iter(rows.values()))[0]["metrics"][options.split])[: metrics.HEADLINE]
+    print(f"| run | seeds | trainable | checkpoint | {' | '.join(shown)} |")
+    print("|---" * (4 + len(shown)) + "|")
     for name, summaries in rows.items():
         first = summaries[0]
         cells = [
@@ -42,7 +44,7 @@ def main() -> None:
             str(len(summaries)),
             f"{first['parameters']['trainable']:,} ({first['parameters']['trainable_percent']:.2f} %)",
             f"{first['bytes']['checkpoint'] / 1e6:.1f} MB",
-            *(cell(summaries, options.split, metric) for metric in metrics),
+            *(cell(summaries, options.split, metric) for metric in shown),
         ]
         print(f"| {' | '.join(cells)} |")
 

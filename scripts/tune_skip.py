@@ -64,8 +64,9 @@ def measure(options: argparse.Namespace) -> list[Candidate]:
     folder.open(config, dataset, built)
     if "skip" in config.methods:
         raise InputError(f"{options.run}: this run was trained with skipping; the search starts from a dense one")
-    if options.metric not in metrics.names(dataset.multilabel):
-        raise InputError(f"--metric {options.metric}: one of {', '.join(metrics.names(dataset.multilabel))}")
+    known = [name for name in metrics.names(dataset.multilabel) if name not in metrics.LOWER_IS_BETTER]
+    if options.metric not in known:
+        raise InputError(f"--metric {options.metric}: one of {', '.join(known)}")
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, _ = checkpoints.restore_best(built.trainable)
 
@@ -81,7 +82,7 @@ def measure(options: argparse.Namespace) -> list[Candidate]:
             continue
         program = replace(built.program, method=method, model=built.program.model.clone(select=method.select))
         out = outputs(program, trainable, built.frozen, dataset, "val", config)
-        value = metrics.compute(out.probabilities, out.labels, dataset.multilabel)[options.metric]
+        value = out.metrics[options.metric]
         found.append(Candidate(overrides, program, value, flops.report(program.model, size)["ratio"]))
         print(f"{options.metric} {value:.4f}  {found[-1].flags}", flush=True)
 

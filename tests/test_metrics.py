@@ -1,9 +1,120 @@
+"""Metrics against scikit-learn, and by hand where that has no say."""
+
+import math
+
 import numpy as np
 import pytest
+from sklearn import metrics as sk
 
 from vitft_jax import metrics
 
 P = np.array([[0.8, 0.1, 0.1], [0.3, 0.6, 0.1], [0.2, 0.5, 0.3], [0.1, 0.2, 0.7]])
+
+
+def multiclass(n=60, classes=3, digits=1, seed=0):
+    """Probabilities, many of them equal, and classes that hang together with them."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % classes)
+    p = metrics.probabilities(np.round(rng.normal(size=(n, classes)) + np.eye(classes)[labels], digits), False)
+    return p, p.argmax(axis=1), labels
+
+
+def multilabel(n=60, labels=4, seed=0):
+    rng = np.random.default_rng(seed)
+    truth = (rng.random((n, labels)) < [0.5, 0.3, 0.2, 0.1]).astype(float)
+    p = np.round(metrics.probabilities(rng.normal(size=truth.shape) + 2 * truth - 1, True), 2)
+    return p, metrics.decisions(p, True, [0.5, 0.4, 0.3, 0.2]), truth
+
+
+def weightings(n, seed=0):
+    """1 for every image, then resamples in which images are missing and others come several times."""
+    rng = np.random.default_rng(seed)
+    return np.column_stack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), size=20).T])
+
+
+def averages(truth, decided, w, average):
+    found = sk.precision_recall_fscore_support(
+        truth, decided, average=average, sample_weight=w, zero_division=np.nan if average is None else 0
+    )
+    return found[:3]
+
+
+def test_several_classes_against_scikit_learn_for_any_weights():
+    p, decided, truth = multiclass()
+    one_hot, weights = np.eye(3)[truth], weightings(60)
+    values = metrics.weighted(p, decided, truth, weights)
+    assert set(values) == set(metrics.MULTICLASS) | {f"per_class/{name}" for name in metrics.PER_CLASS}
+    for i, w in enumerate(weights.T):
+        expected = {
+            "accuracy": sk.accuracy_score(truth, decided, sample_weight=w),
+            "balanced_accuracy": sk.balanced_accuracy_score(truth, decided, sample_weight=w),
+            "auroc": sk.roc_auc_score(truth, p, multi_class="ovr", average="macro", sample_weight=w),
+            "average_precision": sk.average_precision_score(one_hot, p, average="macro", sample_weight=w),
+            "brier": sk.brier_score_loss(truth, p, sample_weight=w),
+            "loss": sk.log_loss(truth, p, sample_weight=w),
+            "per_class/auroc": sk.roc_auc_score(one_hot, p, average=None, sample_weight=w),
+            "per_class/average_precision": sk.average_precision_score(one_hot, p, average=None, sample_weight=w),
+        }
+        for average in ("macro", "weighted"):
+            for name, value in zip(("precision", "recall", "f1"), averages(truth, decided, w, average), strict=True):
+                expected[f"{name}_{average}"] = value
+        for name, value in zip(("precision", "sensitivity", "f1"), averages(truth, decided, w, None), strict=True):
+            expected[f"per_class/{name}"] = value
+        (tn, fp), _ = np.moveaxis(sk.multilabel_confusion_matrix(truth, decided, sample_weight=w), 0, -1)
+        expected["per_class/specificity"] = tn / (tn + fp)
+        assert set(values) - set(expected) == {"ece"}
+        for name, value in expected.items():
+            np.testing.assert_allclose(values[name][..., i], value, atol=1e-12, err_msg=name)
+
+
+def test_several_labels_against_scikit_learn_for_any_weights():
+    p, decided, truth = multilabel()
+    weights = weightings(60)
+    values = metrics.weighted(p, decided, truth, weights)
+    assert set(values) == set(metrics.MULTILABEL) | {f"per_class/{name}" for name in metrics.PER_CLASS}
+    for i, w in enumerate(weights.T):
+        with_label = [
+            [f(truth[:, c], score[:, c], sample_weight=w) for c in range(4)]
+            for f, score in (
+                (sk.brier_score_loss, p), (sk.log_loss, p), (sk.roc_auc_score, p), (sk.average_precision_score, p),
+            )
+        ]  # fmt: skip
+        f1 = {a: sk.f1_score(truth, decided, average=a, sample_weight=w, zero_division=1) for a in ("micro", "samples")}
+        expected = {
+            "subset_accuracy": sk.accuracy_score(truth, decided, sample_weight=w),
+            "f1_macro": sk.f1_score(truth, decided, average="macro", sample_weight=w),
+            "f1_micro": f1["micro"],
+            "f1_samples": f1["samples"],
+            "jaccard": sk.jaccard_score(truth, decided, average="samples", sample_weight=w, zero_division=1),
+            "hamming": sk.hamming_loss(truth, decided, sample_weight=w),
+            "brier": np.mean(with_label[0]),
+            "loss": np.mean(with_label[1]),
+            "auroc": np.mean(with_label[2]),
+            "average_precision": np.mean(with_label[3]),
+            "per_class/auroc": with_label[2],
+            "per_class/average_precision": with_label[3],
+        }
+        of_label = averages(truth, decided, w, None)
+        expected |= {
+            f"per_class/{name}": value for name, value in zip(("precision", "sensitivity", "f1"), of_label, strict=True)
+        }
+        (tn, fp), _ = np.moveaxis(sk.multilabel_confusion_matrix(truth, decided, sample_weight=w), 0, -1)
+        expected["per_class/specificity"] = tn / (tn + fp)
+        assert set(values) - set(expected) == {"ece"}
+        for name, value in expected.items():
+            np.testing.assert_allclose(values[name][..., i], value, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("task", [multiclass, multilabel])
+def test_weights_are_repetitions(task):
+    p, decided, truth = task()
+    weights = weightings(60)
+    values = metrics.weighted(p, decided, truth, weights)
+    for i in range(3):
+        rows = np.repeat(np.arange(60), weights[:, i].astype(int))
+        alone = metrics.compute(p[rows], truth[rows], truth.ndim == 2, decided[rows])
+        for name, value in alone.items():
+            assert values[name][i] == pytest.approx(value, abs=1e-12), name
 
 
 def test_multiclass_by_hand():
@@ -12,7 +123,28 @@ def test_multiclass_by_hand():
     assert values["accuracy"] == 0.75
     assert values["balanced_accuracy"] == pytest.approx((1 + 1 + 0.5) / 3)
     assert values["f1_macro"] == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
-    assert values["auroc"] == pytest.approx((1 + 1 + 1) / 3)  # each class outranks the rest in its column
+    assert values["precision_macro"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert values["auroc"] == 1  # each class outranks the rest in its column
+    brier = [0.2**2 + 2 * 0.1**2, 0.3**2 + 0.4**2 + 0.1**2, 0.2**2 + 0.5**2 + 0.7**2, 0.1**2 + 0.2**2 + 0.3**2]
+    assert values["brier"] == pytest.approx(np.mean(brier))
+    assert values["loss"] == pytest.approx(-np.mean(np.log([0.8, 0.6, 0.3, 0.7])))
+
+
+def test_calibration_error_by_hand():
+    """Probabilities 0.8, 0.6, 0.5, 0.7 of what was decided, right but for the third, each alone in its fifteenth."""
+    assert metrics.compute(P, np.array([0, 1, 2, 2]), False)["ece"] == pytest.approx((0.2 + 0.4 + 0.5 + 0.3) / 4)
+    together = np.array([[0.82, 0.18], [0.84, 0.16], [0.86, 0.14], [0.81, 0.19]])  # all in 12/15 .. 13/15
+    assert metrics.compute(together, np.array([0, 0, 1, 0]), False)["ece"] == pytest.approx(abs(0.75 - 0.8325))
+    labels = metrics.compute(np.array([[1.0, 0.1], [0.9, 0.1]]), np.array([[1, 0], [0, 1]]), True)
+    assert labels["ece"] == pytest.approx(((0 + 0.9) / 2 + (0.5 - 0.1)) / 2)
+
+
+def test_calibration_error_of_a_calibrated_model_vanishes_with_more_images():
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(3), 100_000)
+    labels = (rng.random((100_000, 1)) > p.cumsum(axis=1)).sum(axis=1)
+    assert metrics.compute(p, labels, False)["ece"] < 0.01
+    assert metrics.compute(p**2 / (p**2).sum(1, keepdims=True), labels, False)["ece"] > 0.1
 
 
 def test_auroc_counts_pairs_out_of_order():
@@ -20,21 +152,82 @@ def test_auroc_counts_pairs_out_of_order():
     assert metrics.compute(p, np.array([0, 0, 1, 1]), multilabel=False)["auroc"] == pytest.approx(1 / 4)
 
 
-def test_multilabel_by_hand():
-    p = np.array([[0.9, 0.2], [0.6, 0.7], [0.1, 0.6]])
-    values = metrics.compute(p, np.array([[1, 0], [0, 1], [0, 1]]), multilabel=True)
-    assert values["subset_accuracy"] == pytest.approx(2 / 3)
-    assert values["f1_micro"] == pytest.approx(2 * 3 / (4 + 3))
-    assert values["f1_macro"] == pytest.approx((2 / 3 + 1) / 2)
-    assert values["auroc"] == 1
+def test_an_image_without_labels_rightly_given_none_is_right():
+    p = np.array([[0.9, 0.2], [0.1, 0.2], [0.1, 0.6]])
+    values = metrics.compute(p, np.array([[1, 1], [0, 0], [0, 0]]), multilabel=True)
+    assert values["f1_samples"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert values["jaccard"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert values["hamming"] == pytest.approx(2 / 6)
+    assert values["subset_accuracy"] == pytest.approx(1 / 3)
 
 
-def test_auroc_without_a_class_is_undefined_not_zero():
-    values = metrics.compute(P, np.array([0, 1, 1, 0]), multilabel=False)
-    assert np.isnan(values["auroc"])
-    assert values["accuracy"] == 0.75
-    interval = metrics.intervals(P, np.array([0, 1, 1, 0]), list("abcd"), multilabel=False, resamples=5)["auroc"]
-    assert all(np.isnan(v) for v in interval.values())
+def test_thresholds_of_labels():
+    p = np.array([[0.3, 0.6], [0.2, 0.7]])
+    np.testing.assert_array_equal(metrics.decisions(p, True, [0.3, 0.65]), [[1, 0], [0, 1]])
+    np.testing.assert_array_equal(metrics.decisions(p, True), [[0, 1], [0, 1]])
+
+
+UNDEFINED = {
+    "a class that never occurs": (
+        False, [0, 1, 1, 0], {"auroc", "average_precision", "recall_macro"},
+        {"2/sensitivity", "2/auroc", "2/average_precision"},
+    ),
+    "one class alone": (
+        False, [1, 1, 1, 1], {"auroc", "average_precision", "recall_macro"},
+        {f"{c}/{m}" for c in "02" for m in ("sensitivity", "auroc", "average_precision")} | {"1/specificity", "1/auroc"},
+    ),
+    "a label that no image has": (
+        True, [[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], {"auroc", "average_precision"},
+        {"2/sensitivity", "2/auroc", "2/average_precision"},
+    ),
+    "a label that every image has": (
+        True, [[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]], {"auroc"}, {"2/specificity", "2/auroc"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNDEFINED)
+def test_what_is_undefined_is_said_and_not_zeroed(case):
+    many, labels, scalars, of_class = UNDEFINED[case]
+    labels = np.array(labels)
+    found = metrics.assess(P, metrics.decisions(P, many), labels, list("abcd"), list("012"), resamples=20)
+    assert {name for name, v in found["metrics"].items() if math.isnan(v["value"])} == scalars
+    each = {f"{c}/{name}": v for c, values in found["per_class"].items() for name, v in values.items()}
+    assert {name for name, v in each.items() if "/images" not in name and math.isnan(v["value"])} == of_class
+    for value in [found["metrics"][name] for name in scalars] + [each[name] for name in of_class]:
+        assert all(math.isnan(v) for v in value.values())
+
+
+def test_precision_of_a_class_that_is_never_decided_is_undefined():
+    p = np.array([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.8, 0.1]])
+    values = metrics.compute(p, np.array([0, 1, 2]), False)
+    assert {name for name, value in values.items() if math.isnan(value)} == {"precision_macro", "precision_weighted"}
+    assert "never decided" in metrics.why_undefined("precision_macro")
+    labels = metrics.compute(p, np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0]]), True)
+    assert math.isnan(labels["f1_macro"])  # the third label neither occurs nor is it decided
+    assert labels["f1_micro"] > 0
+
+
+@pytest.mark.parametrize("task", [multiclass, multilabel])
+def test_ranks_put_the_better_model_first(task):
+    p, decided, truth = task()
+    perfect = np.eye(3)[truth] if truth.ndim == 1 else truth
+    worse = metrics.compute(p, truth, truth.ndim == 2, decided)
+    for name, best in metrics.compute(perfect, truth, truth.ndim == 2).items():
+        assert metrics.rank(name, best) > metrics.rank(name, worse[name]) > metrics.rank(name, math.nan), name
+
+
+@pytest.mark.parametrize("task", [multiclass, multilabel])
+def test_confusion(task):
+    p, decided, truth = task()
+    found = metrics.assess(p, decided, truth, [str(i) for i in range(60)], list("abcd")[: p.shape[1]], 5)
+    if truth.ndim == 2:
+        np.testing.assert_array_equal(found["confusion"], sk.multilabel_confusion_matrix(truth, decided))
+        counts = truth.sum(axis=0)
+    else:
+        np.testing.assert_array_equal(found["confusion"], sk.confusion_matrix(truth, decided))
+        counts = np.bincount(truth)
+    assert [c["images"] for c in found["per_class"].values()] == counts.tolist()
 
 
 def test_probabilities_survive_large_logits():
@@ -42,36 +235,5 @@ def test_probabilities_survive_large_logits():
     np.testing.assert_allclose(metrics.probabilities(z, False), [[1, 0, 0]])
     np.testing.assert_allclose(metrics.probabilities(z, True), [[1, 0.5, 0]])
     np.testing.assert_allclose(metrics.probabilities(P, False).sum(1), 1)
-
-
-def simulated(rng, groups, per_group):
-    """Binary task where all images of a group are right or wrong together, with probability 0.8."""
-    right = np.repeat(rng.random(groups) < 0.8, per_group)
-    labels = np.repeat(rng.integers(0, 2, groups), per_group)
-    p = np.where(right == labels, 0.9, 0.1)
-    return np.stack([1 - p, p], 1), labels, np.repeat(np.arange(groups), per_group).astype(str)
-
-
-def test_intervals_cover_the_truth_when_images_of_a_group_hang_together(monkeypatch):
-    """95 % intervals of 100 groups cover 0.8 in at least 90 % of 120 trials (4 standard errors); by image they do not."""
-    monkeypatch.setattr(
-        metrics, "compute", lambda p, y, _: {"accuracy": np.mean(p.argmax(1) == y)}
-    )  # the others are slow
-    rng = np.random.default_rng(0)
-    covered = {"group": 0, "image": 0}
-    for _ in range(120):
-        p, labels, groups = simulated(rng, 100, 5)
-        for unit, by in (("group", groups), ("image", [str(i) for i in range(len(labels))])):
-            interval = metrics.intervals(p, labels, by, False, resamples=200)["accuracy"]
-            covered[unit] += interval["low"] <= 0.8 <= interval["high"]
-    assert covered["group"] / 120 >= 0.9
-    assert covered["image"] / 120 < 0.8
-
-
-def test_intervals_hold_the_value_and_repeat_by_seed():
-    p, labels, groups = simulated(np.random.default_rng(1), 40, 2)
-    first = metrics.intervals(p, labels, groups, False, resamples=50)
-    assert first == metrics.intervals(p, labels, groups, False, resamples=50)
-    for name, value in first.items():
-        assert value["low"] <= value["value"] <= value["high"], name
-        assert value["low"] < value["high"], name
+    sure = metrics.compute(metrics.probabilities(z, False), np.array([2]), False)
+    assert math.isfinite(sure["loss"])

@@ -108,7 +108,8 @@ def test_a_run_becomes_an_int8_run_that_needs_no_other_weights(trained, tmp_path
         assert compared["agreement"] == 1
         assert 0 < compared["divergence"] < 1e-3
         for name, change in compared["change"].items():
-            assert change["value"] == summary["metrics"][split][name]["value"] - float_run[name]["value"]
+            now, then = summary["metrics"][split][name]["value"], float_run[name]["value"]
+            assert change["value"] == (None if None in (now, then) else now - then), name
     assert all(layer["snr_db"] > 30 for layer in told["layers"].values())
     assert told["layers"]["blocks_0/mlp/fc2"]["alpha"] is None
     assert "sensitivity" in told["layers"]["blocks_0/mlp/fc2"]

@@ -21,13 +21,15 @@ def test_predictions_read_back_as_they_were(image_folder, tmp_path, multilabel):
         dataset = replace(dataset, labels=labels, multilabel=True)
     indices = dataset.indices("test")[::-1]
     p = np.random.default_rng(0).dirichlet(np.ones(3), len(indices))
-    report.write_predictions(tmp_path / "p.csv", dataset, indices, p)
+    decided = (p > [0.1, 0.2, 0.6]).astype(int) if multilabel else p.argmin(axis=1)  # as they are given
+    report.write_predictions(tmp_path / "p.csv", dataset, indices, p, decided)
     read = report.read_predictions(tmp_path / "p.csv")
     assert read.names == tuple(dataset.names[i] for i in indices)
     assert read.groups == tuple(dataset.groups[i] for i in indices)
     assert read.multilabel == multilabel
     assert read.classes == ("dark", "grey", "light")
     np.testing.assert_array_equal(read.labels, dataset.labels[indices])
+    np.testing.assert_array_equal(read.decided, decided)
     np.testing.assert_allclose(read.probabilities, p, atol=5e-7)
 
 

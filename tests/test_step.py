@@ -154,6 +154,63 @@ def test_multilabel_loss_against_optax():
     np.testing.assert_allclose(step.example_losses(program, logits, labels), each.mean(-1), rtol=1e-6)
 
 
+def losses(**changes):
+    """A program of which `example_losses` needs no more than these settings."""
+    return step.Program(model=None, method=None, tx=None, mean=(), std=(), **changes)
+
+
+def hand_focal(p, target, gamma):
+    """Sum over the classes of target (1 - p)^gamma (-log p)."""
+    return (target * (1 - p) ** gamma * -np.log(p)).sum(-1)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+@pytest.mark.parametrize("weights", [(), (0.5, 1.0, 2.0)])
+def test_focal_loss_by_its_formula(gamma, weights):
+    program = losses(focal_gamma=gamma, class_weights=weights, label_smoothing=0.1)
+    logits, labels = RNG.normal(size=(4, 3)), BATCH["label"]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    targets = (0.9 * np.eye(3)[labels] + 0.1 / 3) * np.array(weights or (1, 1, 1))[labels][:, None]
+    found = step.example_losses(program, jnp.asarray(logits, jnp.float32), labels)
+    np.testing.assert_allclose(found, hand_focal(p, targets, gamma), rtol=1e-5)
+
+
+def test_focal_loss_by_hand():
+    """Lin et al. 2017: with gamma 2, an image at p = 0.9 counts a hundredth, one at p = 0.5 a quarter."""
+    program = losses(focal_gamma=2.0)
+    logits = jnp.log(jnp.array([[0.9, 0.05, 0.05], [0.5, 0.3, 0.2]]))
+    found = step.example_losses(program, logits, jnp.array([0, 0]))
+    np.testing.assert_allclose(found, [0.01 * -np.log(0.9), 0.25 * -np.log(0.5)], rtol=1e-4)
+    many = losses(focal_gamma=2.0, multilabel=True)
+    logits = jnp.log(jnp.array([[0.9 / 0.1, 0.2 / 0.8, 1.0]]))
+    found = step.example_losses(many, logits, jnp.array([[1.0, 0.0, 1.0]]))
+    by_hand = [0.1**2 * -np.log(0.9), 0.2**2 * -np.log(0.8), 0.5**2 * -np.log(0.5)]
+    np.testing.assert_allclose(found, [np.mean(by_hand)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_loss_of_labels_against_optax(gamma):
+    program = losses(multilabel=True, focal_gamma=gamma)
+    logits = jnp.asarray(4 * RNG.normal(size=(20, 3)), jnp.float32)
+    labels = jnp.asarray(RNG.integers(0, 2, (20, 3)), jnp.float32)
+    expected = optax.losses.sigmoid_focal_loss(logits, labels, gamma=gamma).mean(-1)
+    np.testing.assert_allclose(step.example_losses(program, logits, labels), expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize("multilabel", [False, True])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_loss_of_certain_images_is_finite_and_so_is_its_gradient(multilabel, gamma):
+    program = losses(focal_gamma=gamma, multilabel=multilabel)
+    logits = jnp.array([[200.0, -200.0, 0.0], [-200.0, 200.0, 0.0]])
+    labels = jnp.array([[1.0, 0, 0]] * 2) if multilabel else jnp.array([0, 0])
+    values = step.example_losses(program, logits, labels)
+    slopes = jax.grad(lambda z: step.example_losses(program, z, labels).sum())(logits)
+    assert np.isfinite(values).all()
+    assert np.isfinite(slopes).all()
+    assert values[1] > 100
+    assert slopes[1, 0] < -0.3  # certain and wrong: it learns as with cross-entropy
+
+
 def test_images_are_normalised():
     program, trainable, frozen = setup()
     x = (BATCH["image"] / 255 - 0.5) / 0.25

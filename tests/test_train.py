@@ -10,7 +10,7 @@ from PIL import Image
 from support import lines, trained
 
 from vitft_jax import config as configs
-from vitft_jax import data, evaluate, run, step, train, tree
+from vitft_jax import data, evaluate, metrics, run, step, train, tree
 from vitft_jax.errors import InputError
 
 
@@ -21,7 +21,7 @@ def test_a_lora_run_learns_and_writes_what_the_contract_says(tiny_config, tmp_pa
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "run.json", "split.csv", "metrics.jsonl", "summary.json", "checkpoints",
-        "predictions_val.csv", "predictions_test.csv",
+        "predictions_val.csv", "predictions_test.csv", "decision.json",
     }  # fmt: skip
     assert summary["metrics"]["test"]["accuracy"]["value"] >= 0.8  # brightness alone tells the classes apart
     assert summary == json.loads((folder / "summary.json").read_text())
@@ -138,7 +138,9 @@ def test_multilabel_table_end_to_end(tiny_config, image_folder, tmp_path):
     tiny_config.train.class_weights = True
     tiny_config.train.epochs = 6.0
     summary = train.train(tiny_config, tmp_path / "run")
-    assert set(summary["metrics"]["test"]) == {"subset_accuracy", "f1_macro", "f1_micro", "auroc"}
+    assert tuple(summary["metrics"]["test"]) == metrics.MULTILABEL
+    assert set(summary["per_class"]["test"]) == {"visible", "bright"}
+    assert np.shape(summary["confusion"]["test"]) == (2, 2, 2)
     assert summary["metrics"]["test"]["auroc"]["value"] >= 0.8
     header = (tmp_path / "run" / "predictions_test.csv").read_text().splitlines()[0]
     assert header == "path,group,true:visible,true:bright,predicted:visible,predicted:bright,p:visible,p:bright"

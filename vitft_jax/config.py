@@ -83,6 +83,9 @@ def default() -> Config:
     t.clip = 1.0  # largest global norm of the gradient; 0 = off
     t.label_smoothing = 0.0
     t.class_weights = False  # weigh classes by their inverse frequency in the training split
+    t.balanced = False  # draw every class (label, or none) equally often; probabilities then favour the rare ones
+    t.focal_gamma = 0.0  # focal loss: (1 - p)^gamma times the loss, so easy images count less, such as 2; 0 = off
+    t.thresholds = "f1"  # of labels, chosen on validation: the best 'f1' of each, 'youden' (sens. + spec.), or 'half'
     t.best_metric = "auroc"  # of the validation split; chooses the checkpoint that is kept as best
     t.patience = 0  # epochs without a better `best_metric` before the run stops; 0 = never
     t.nan_retries = (
@@ -210,6 +213,7 @@ def check(config: Config) -> None:
         "data.fit": ("squash", "crop", "pad"),
         "model.features": ("", "cls", "mean", "cls+mean"),
         "remat": ("none", "dots", "full"),
+        "train.thresholds": ("f1", "youden", "half"),
     }
     values = _flat(config)
     for key, value in values.items():
@@ -225,6 +229,7 @@ def check(config: Config) -> None:
         "train.clip": 0,
         "train.patience": 0,
         "train.nan_retries": 0,
+        "train.focal_gamma": 0,
         "train.epochs": 0,
         "figures.count": 0,
         "mesh.data": 0,
@@ -241,6 +246,8 @@ def check(config: Config) -> None:
             raise InputError(f"config key {key}={values[key]}: at least 0 and below 1")
     if not values["train.steps"] and not values["train.epochs"]:
         raise InputError("config keys train.steps and train.epochs are both 0: nothing to train")
+    if config.train.class_weights and config.train.balanced:
+        raise InputError("config keys train.class_weights and train.balanced both correct for rare classes: choose one")
     if config.train.batch_size % config.train.accumulate:
         raise InputError(
             f"config key train.batch_size={config.train.batch_size} does not divide into "

@@ -1,7 +1,8 @@
 """Evaluates the best checkpoint of a run on a split of its data.
 
 Prints metrics with 95 % bootstrap intervals (resampled by group), writes `predictions_<split>.csv`, and updates the split's
-metrics in `summary.json`.
+metrics in `summary.json`. Probabilities are those after temperature scaling, and labels are decided at the thresholds, that
+the end of training fitted on the validation split (`decision.json`), so numbers of that split are a little too good.
 
 A run can also be evaluated under other settings than it was trained with, where they need no other parameters: such as token
 skipping on a model that was trained with all tokens, `--config.methods=lora,skip --config.skip.drop_ratio=0.5`. Results then
@@ -9,17 +10,18 @@ go to `evaluations/<name>/` in the run, and the run's own stay as they are.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitft_jax import cli, data, figures, flops, metrics, processes, report, runtime, step, tree
+from vitft_jax import cli, data, decision, figures, flops, metrics, processes, report, runtime, step, tree
 from vitft_jax import config as configs
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
+from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
 from vitft_jax.run import Built, Folder, build, resolve
 
@@ -30,17 +32,32 @@ class Outputs:
 
     Attributes:
         indices: Positions in the dataset, `(n,)`.
-        probabilities: `(n, C)`.
+        logits: `(n, C)`.
         labels: `(n,)` or `(n, C)`.
-        loss: Mean loss without smoothing or class weights.
         images_per_second: Over the whole pass, input included, the first batch (compilation) left out.
+        decision: How the logits are read.
     """
 
     indices: np.ndarray
-    probabilities: np.ndarray
+    logits: np.ndarray
     labels: np.ndarray
-    loss: float
     images_per_second: float
+    decision: Decision = decision.RAW
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """`(n, C)`, float64."""
+        return self.decision.probabilities(self.logits, self.labels.ndim == 2)
+
+    @property
+    def decided(self) -> np.ndarray:
+        """`(n,)` or `(n, C)`."""
+        return self.decision.decide(self.probabilities, self.labels.ndim == 2)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """See `metrics.compute`."""
+        return metrics.compute(self.probabilities, self.labels, self.labels.ndim == 2, self.decided)
 
 
 def outputs(
@@ -72,27 +89,43 @@ def outputs(
         if len(logits) == 1:
             started = time.perf_counter()
     seconds, timed = time.perf_counter() - started, max(0, len(index) - batch_size)
-    z = np.concatenate(logits)[: len(index)]  # in the order of the data, padding last
-    p, labels = metrics.probabilities(z, dataset.multilabel), dataset.labels[index]
-    return Outputs(index, p, labels, _loss(p, labels, dataset.multilabel), timed / seconds if timed else float("nan"))
+    speed = timed / seconds if timed else float("nan")
+    # In the order of the data, padding last.
+    return Outputs(index, np.concatenate(logits)[: len(index)], dataset.labels[index], speed)
 
 
-def _loss(p: np.ndarray, labels: np.ndarray, multilabel: bool) -> float:
-    p = np.clip(p, 1e-12, 1.0)
-    if multilabel:
-        return float(-np.mean(labels * np.log(p) + (1 - labels) * np.log(np.clip(1 - p, 1e-12, 1.0))))
-    return float(-np.mean(np.log(p[np.arange(len(labels)), labels])))
-
-
-def evaluate_split(
-    path: Path, built: Built, trainable: Any, dataset: data.Dataset, split: str, config: Config
-) -> tuple[dict[str, Any], Outputs]:
-    """Metrics with intervals of one split; writes its predictions into the folder `path`."""
-    out = outputs(built.program, trainable, built.frozen, dataset, split, config)
+def fit_decision(path: Path, dataset: data.Dataset, out: Outputs, config: Config) -> Decision:
+    """Fits temperature and thresholds to outputs on the validation split, and writes them into the run at `path`."""
     groups = [dataset.groups[i] for i in out.indices]
-    report.write_predictions(path / f"predictions_{split}.csv", dataset, out.indices, out.probabilities)
-    results = metrics.intervals(out.probabilities, out.labels, groups, dataset.multilabel, metrics.RESAMPLES)
-    return results, out
+    fitted = decision.fit(out.logits, out.labels, groups, config.train.thresholds)
+    decision.write(path, fitted, dataset.classes)
+    return fitted
+
+
+def evaluate_split(path: Path, dataset: data.Dataset, split: str, out: Outputs) -> dict[str, Any]:
+    """What `summary.json` says of a split, a part for each of its keys; writes its predictions into the folder `path`.
+
+    Returns:
+        As `metrics.assess`; and `calibration`: the temperature, the thresholds of labels, and the metrics that these change
+        without (`before`) and with them (`after`).
+    """
+    groups = [dataset.groups[i] for i in out.indices]
+    report.write_predictions(path / f"predictions_{split}.csv", dataset, out.indices, out.probabilities, out.decided)
+    before, after = replace(out, decision=decision.RAW).metrics, out.metrics
+    return {
+        **metrics.assess(out.probabilities, out.decided, out.labels, groups, dataset.classes, metrics.RESAMPLES),
+        "calibration": {
+            **out.decision.told(dataset.classes),
+            "before": {name: before[name] for name in metrics.CALIBRATED},
+            "after": {name: after[name] for name in metrics.CALIBRATED},
+        },
+    }
+
+
+def by_part(splits: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Results of splits as they stand in `summary.json`: a dict of splits for each part."""
+    parts = next(iter(splits.values()))
+    return {part: {split: result[part] for split, result in splits.items()} for part in parts}
 
 
 def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), name: str = "") -> dict[str, Any]:
@@ -130,25 +163,29 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
         path.mkdir(parents=True, exist_ok=True)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, at = checkpoints.restore_best(built.trainable, built.program.layout)
-    results, out = evaluate_split(path, built, trainable, dataset, split, config)
-    report.print_results(f"{path}, step {at}, {len(dataset.indices(split))} images", {split: results})
+    out = outputs(built.program, trainable, built.frozen, dataset, split, config)
+    out = replace(out, decision=decision.read(workdir))
+    results = report.finite(evaluate_split(path, dataset, split, out))
+    report.print_results(f"{path}, step {at}, {len(out.indices)} images", {split: results["metrics"]})
+    report.print_calibration({split: results["calibration"]})
     if overrides:
         report.write_json(
             path / f"results_{split}.json",
             {
                 "differs": configs.differences(folder.config(), config),
                 "step": at,
-                "metrics": results,
+                **results,
                 "flops": flops.report(built.program.model, config.data.image_size),
                 "eval_images_per_second": out.images_per_second,
             },
         )
     elif folder.summary.exists():
         summary = folder.results()
-        summary["metrics"][split] = results
+        for part, value in results.items():
+            summary.setdefault(part, {})[split] = value
         report.write_json(folder.summary, summary)
     figures.draw(path, built.program, trainable, built.frozen, dataset, config)
-    return results
+    return results["metrics"]
 
 
 def _overridden(config: Config, overrides: Sequence[str]) -> Config:

@@ -12,7 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vitft_jax import calibration, cli, data, methods, metrics, report, run, runtime, tree
+from vitft_jax import calibration, cli, data, decision, methods, metrics, report, run, runtime, tree
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
-from vitft_jax.evaluate import Outputs, evaluate_split, outputs
+from vitft_jax.evaluate import Outputs, by_part, evaluate_split, fit_decision, outputs
 from vitft_jax.methods import quant
 from vitft_jax.ptq import simulate
 from vitft_jax.ptq.recipe import Recipe
@@ -135,19 +135,22 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
         while True:
             in_float = _within(options.max_drop, in_float, told, source.dataset, simulation, before["val"])
             folder, built, variables = _write(part, source, config, params, layers, in_float)
-            results, after = {}, {}
-            for split in ("val", "test"):
-                results[split], after[split] = evaluate_split(
-                    folder.path, built, variables, source.dataset, split, config
-                )
+            after = {s: outputs(built.program, variables, built.frozen, source.dataset, s, config) for s in before}
             drop = _drop(before["val"], after["val"], source.dataset.multilabel)
             if options.max_drop is None or drop <= options.max_drop:
                 break
             in_float = _one_more(in_float, told, options.max_drop)  # the simulation rounds a little otherwise
             shutil.rmtree(part)
+        # The logits changed, so temperature and thresholds are fitted again.
+        fitted = fit_decision(folder.path, source.dataset, after["val"], config)
+        before, after = (
+            {split: replace(out, decision=how) for split, out in outs.items()}
+            for outs, how in ((before, decision.read(workdir)), (after, fitted))
+        )
+        results = {s: evaluate_split(folder.path, source.dataset, s, out) for s, out in after.items()}
         comparison = {split: _compare(source.dataset, before[split], after[split]) for split in results}
         summary = {
-            "metrics": results,
+            **by_part(results),
             "best_step": source.step,
             "method": {
                 "source": str(workdir.resolve()),
@@ -308,15 +311,17 @@ def _write(
 
 
 def _compare(dataset: data.Dataset, before: Outputs, after: Outputs) -> dict[str, Any]:
-    """Metrics of the float model, the change with its interval, and how far the outputs agree."""
+    """Metrics of the float model, the change with its interval, and how far outputs (before the temperature) agree."""
     groups = [dataset.groups[i] for i in after.indices]
-    p, q, many = before.probabilities, after.probabilities, dataset.multilabel
-    same = metrics.decisions(p, many) == metrics.decisions(q, many)
+    p, q, decided = before.probabilities, after.probabilities, (before.decided, after.decided)
+    same = decided[0] == decided[1]
+    raw = (metrics.probabilities(out.logits, dataset.multilabel) for out in (before, after))
+    told = metrics.assess(p, before.decided, before.labels, groups, dataset.classes, metrics.RESAMPLES)
     return {
-        "float": metrics.intervals(p, before.labels, groups, many, metrics.RESAMPLES),
-        "change": metrics.change(p, q, after.labels, groups, many, metrics.RESAMPLES),
+        "float": told["metrics"],
+        "change": metrics.change(p, q, after.labels, groups, decided, metrics.RESAMPLES),
         "agreement": float(np.mean(same if same.ndim == 1 else same.all(axis=1))),
-        "divergence": simulate.divergence(p, q, many),
+        "divergence": simulate.divergence(*raw, dataset.multilabel),
     }
 
 

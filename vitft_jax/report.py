@@ -115,11 +115,10 @@ class Screen:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def write_predictions(path: Path, dataset: Dataset, indices: np.ndarray, p: np.ndarray) -> None:
+def write_predictions(path: Path, dataset: Dataset, indices: np.ndarray, p: np.ndarray, decided: np.ndarray) -> None:
     """Writes a CSV: path, group, true label(s), decision(s), and the probability of each class."""
     if not processes.first():
         return
-    decided = metrics.decisions(p, dataset.multilabel)
     part = path.with_name(path.name + ".part")
     with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -149,6 +148,7 @@ class Predictions:
         names: Of the images.
         groups: Of the images.
         labels: `(n,)`, or `(n, C)` of 0 and 1.
+        decided: As `labels`.
         probabilities: `(n, C)`, to six digits.
         classes: Names of the columns.
     """
@@ -156,6 +156,7 @@ class Predictions:
     names: tuple[str, ...]
     groups: tuple[str, ...]
     labels: np.ndarray
+    decided: np.ndarray
     probabilities: np.ndarray
     classes: tuple[str, ...]
 
@@ -176,13 +177,16 @@ def read_predictions(path: Path) -> Predictions:
             rows = list(csv.DictReader(file))
         classes = tuple(column.removeprefix("p:") for column in rows[0] if column.startswith("p:"))
         if "true" in rows[0]:
-            labels = np.array([classes.index(row["true"]) for row in rows])
+            labels, decided = (np.array([classes.index(row[k]) for row in rows]) for k in ("true", "predicted"))
         else:
-            labels = np.array([[float(row[f"true:{c}"]) for c in classes] for row in rows])
+            labels, decided = (
+                np.array([[int(row[f"{k}:{c}"]) for c in classes] for row in rows]) for k in ("true", "predicted")
+            )
         return Predictions(
             tuple(row["path"] for row in rows),
             tuple(row["group"] for row in rows),
             labels,
+            decided,
             np.array([[float(row[f"p:{c}"]) for c in classes] for row in rows]),
             classes,
         )
@@ -251,11 +255,24 @@ def print_results(title: str, splits: Mapping[str, Mapping[str, Mapping[str, flo
     for split in splits:
         table.add_column(f"{split} (95 % CI)", justify="right")
     for name in next(iter(splits.values())):
-        table.add_row(name, *(_interval(values[name]) for values in splits.values()))
+        table.add_row(name, *(interval(values[name], name) for values in splits.values()))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
-def _interval(value: Mapping[str, float | None]) -> str:
-    if value["value"] is None or math.isnan(value["value"]):
-        return "undefined: a class is absent"
-    return f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+def print_calibration(splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Prints what temperature scaling changed, a line per split, and the thresholds of labels."""
+    for split, told in splits.items():
+        changed = (f"{name} {told['before'][name]:.3f} -> {told['after'][name]:.3f}" for name in told["before"])
+        print(f"{split}: temperature {told['temperature']:.2f}, {', '.join(changed)}")
+    if thresholds := told.get("thresholds"):
+        print(f"thresholds: {', '.join(f'{label} {value:.2f}' for label, value in thresholds.items())}")
+
+
+def interval(value: Mapping[str, float | None], name: str, sign: str = "") -> str:
+    """A metric with its interval, as text; says why, where there is none. `sign` '+' is for differences."""
+    number, low, high = (math.nan if value[key] is None else value[key] for key in ("value", "low", "high"))
+    if math.isnan(number):
+        return f"undefined: {metrics.why_undefined(name)}"
+    if math.isnan(low):
+        return f"{number:{sign}.3f} (only one group)"
+    return f"{number:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"

@@ -22,6 +22,7 @@ from vitft_jax.sharding import ONE_DEVICE, Layout
 from vitft_jax.vit import ViT
 
 Batch = Mapping[str, Array]
+_LEAST_REST = 1e-6  # of 1 - p in the focal loss: the slope of its power is infinite at 0 where gamma is below 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Program:
         multilabel: Sigmoid cross-entropy over 0/1 labels instead of softmax over one class.
         class_weights: Loss weight of each class (of the positives of each label, if `multilabel`); () = all 1.
         label_smoothing: Share of the target that is spread evenly over the classes.
+        focal_gamma: Exponent of the focal loss; 0 = cross-entropy.
         accumulate: Micro-batches per batch.
         seed: Of dropout.
         layout: Where arrays lie.
@@ -50,6 +52,7 @@ class Program:
     multilabel: bool = False
     class_weights: tuple[float, ...] = ()
     label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
     accumulate: int = 1
     seed: int = 0
     layout: Layout = ONE_DEVICE
@@ -102,17 +105,25 @@ def example_losses(program: Program, logits: Array, labels: Array) -> Array:
     Labels are classes `(B,)`, or shares of the classes `(B, C)` that sum to 1 (multi-label: each in 0..1). The loss of
     shares is the mean, by these shares, of the losses of the classes. Class weights multiply the loss of a class
     (multi-label: of a label's positives) and are not normalised again within a batch, so micro-batches and batches agree.
+    With a `focal_gamma`, each logarithm of a probability p has the weight (1 - p)^gamma (Lin et al. 2017, arXiv:1708.02002).
     """
     weights = jnp.asarray(program.class_weights or (1.0,) * logits.shape[-1])
     smooth = program.label_smoothing
     if program.multilabel:
         targets = labels * (1 - smooth) + smooth / 2
-        positive, negative = jax.nn.softplus(-logits), jax.nn.softplus(logits)
+        positive, negative = jax.nn.softplus(-logits), jax.nn.softplus(logits)  # -log p and -log (1 - p)
+        if program.focal_gamma:
+            focal = program.focal_gamma
+            positive, negative = positive * jnp.exp(-focal * negative), negative * jnp.exp(-focal * positive)
         return jnp.mean(weights * targets * positive + (1 - targets) * negative, axis=-1)
     shares = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1])
     weighted = weights * shares
     targets = (1 - smooth) * weighted + smooth * jnp.mean(weighted, axis=-1, keepdims=True)
-    return optax.softmax_cross_entropy(logits, targets)
+    if not program.focal_gamma:
+        return optax.softmax_cross_entropy(logits, targets)
+    log_p = jax.nn.log_softmax(logits)
+    rest = jnp.maximum(-jnp.expm1(log_p), _LEAST_REST)
+    return -jnp.sum(targets * rest**program.focal_gamma * log_p, axis=-1)
 
 
 def loss(

@@ -33,7 +33,7 @@ from vitft_jax import (
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError, Preempted, nearest
-from vitft_jax.evaluate import evaluate_split, outputs
+from vitft_jax.evaluate import by_part, evaluate_split, fit_decision, outputs
 from vitft_jax.lock import Lock
 from vitft_jax.preemption import Notice
 
@@ -78,6 +78,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
         fit=config.data.fit,
         augment=config.augment,
         seed=config.seed,
+        balanced=config.train.balanced,
         workers=config.data.workers,
         process_index=part,
         process_count=parts,
@@ -97,14 +98,14 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
         if isinstance(values, Mapping):
             report.heat_map(folder.figures / f"{name}.png", values, name.replace("_", " "))
 
-    results, speed = {}, math.nan
-    for split in ("val", "test"):
-        results[split], out = evaluate_split(folder.path, built, trainable, dataset, split, config)
-        speed = out.images_per_second
+    outs = {s: outputs(built.program, trainable, built.frozen, dataset, s, config) for s in ("val", "test")}
+    decision = fit_decision(folder.path, dataset, outs["val"], config)
+    results = {s: evaluate_split(folder.path, dataset, s, replace(out, decision=decision)) for s, out in outs.items()}
+    speed = outs["test"].images_per_second
     figures.draw(folder.path, built.program, trainable, built.frozen, dataset, config)
     summary = report.finite(
         {
-            "metrics": results,
+            **by_part(results),
             "best_step": best_step,
             "candidates_from_step": _ready_from(built),
             "method": told,
@@ -121,7 +122,8 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
         }
     )
     report.write_json(folder.summary, summary)
-    report.print_results(f"best checkpoint (step {best_step}) of {workdir}", results)
+    report.print_results(f"best checkpoint (step {best_step}) of {workdir}", summary["metrics"])
+    report.print_calibration(summary["calibration"])
     return summary
 
 
@@ -276,16 +278,17 @@ def _validate(
     """Evaluates the validation split; returns what the loop knows afterwards, and the rank of this checkpoint."""
     out = outputs(built.program, state.trainable, built.frozen, dataset, "val", config)
     check_finite(out.loss)
-    values = {"loss": out.loss, **metrics.compute(out.probabilities, out.labels, dataset.multilabel)}
+    values = out.metrics
     log.write(done, "val", values)
     name = config.train.best_metric
     # Where images are few the metric saturates; of equal values the lower loss is the better model.
     ready = done >= _ready_from(built)
-    rank = [float(ready), -values[name] if name == "loss" else values[name], -out.loss]
+    rank = [float(ready), metrics.rank(name, values[name]), -values["loss"]]
     better = loop["best"] is None or rank > loop["best"]
     waited = 0 if better or not ready else loop["waited"] + 1
     stopped = bool(config.train.patience) and waited >= config.train.patience
-    shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+    few = dict.fromkeys(("loss", *metrics.names(dataset.multilabel)[: metrics.HEADLINE], name))
+    shown = "  ".join(f"{key} {values[key]:.4f}" for key in few)
     note = "  (best so far)" if better else ""
     screen.say(f"step {done}  val  {shown}{note if ready else f'  (no candidate before step {_ready_from(built)})'}")
     if stopped:
@@ -361,18 +364,18 @@ class Meter:
 
 
 def _check_metric(config: Config, dataset: data.Dataset) -> None:
-    known = ("loss", *metrics.names(dataset.multilabel))
+    known = metrics.names(dataset.multilabel)
     name = config.train.best_metric
     if name not in known:
         raise InputError(f"config key train.best_metric={name!r}; {nearest(name, known)}")
     labels = dataset.labels[dataset.indices("val")]
     one_hot = labels if dataset.multilabel else np.eye(len(dataset.classes))[labels]
-    for name_, column in zip(dataset.classes, one_hot.T, strict=True):
-        if name == "auroc" and (column.all() or not column.any()):
-            raise InputError(
-                f"train.best_metric='auroc' is not defined: in the validation split every image or none is {name_!r}. "
-                "Choose train.best_metric=loss, or another split"
-            )
+    if math.isnan(metrics.compute(one_hot, labels, dataset.multilabel)[name]):  # even of a model that makes no mistake
+        same = [c for c, column in zip(dataset.classes, one_hot.T, strict=True) if column.all() or not column.any()]
+        raise InputError(
+            f"train.best_metric={name!r} is not defined: in the validation split every image or none is {same[0]!r}. "
+            "Choose train.best_metric=loss, or another split"
+        )
 
 
 def _headline(config: Config, dataset: data.Dataset, built: run.Built, workdir: Path) -> str:

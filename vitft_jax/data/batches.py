@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from vitft_jax.data.augment import augment as augment_image
 from vitft_jax.data.augment import check_augment
+from vitft_jax.data.balance import Balanced
 from vitft_jax.data.images import check_fit, resize
 from vitft_jax.data.mix import mix, mixes
 from vitft_jax.data.sources import Dataset
@@ -103,14 +104,15 @@ def train_batches(
     fit: str,
     augment: ConfigDict,
     seed: int,
+    balanced: bool = False,
     workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
     """Endless batches of the train split, shuffled anew each epoch, augmented, and mixed if `augment` says so.
 
-    Every epoch has each example exactly once; batches run across the borders of epochs. With several processes, process
-    p gets the rows p * b .. (p + 1) * b of exactly the batch that a single process would get.
+    Every epoch has each example exactly once (`balanced`: see `Balanced`); batches run across the borders of epochs. With
+    several processes, process p gets the rows p * b .. (p + 1) * b of exactly the batch that a single process would get.
 
     Args:
       dataset: the dataset.
@@ -119,6 +121,7 @@ def train_batches(
       fit: how images are fitted into the square; see `resize`.
       augment: the `augment` group; see `augment` and `mix`.
       seed: of the order and the augmentation, >= 0.
+      balanced: draw every class, or label, equally often.
       workers: reading processes; 0 reads with a few threads in this one. The batches are the same. Each worker keeps
         its own cache of decoded images.
       process_index: number of this process among `process_count`.
@@ -135,8 +138,11 @@ def train_batches(
     check_augment(augment)
     rows = _local_batch(batch_size, workers, process_count, image_size, fit)
     draw = _Augmented(dataset, image_size, fit, augment)
-    source = grain.MapDataset.source(dataset.indices("train"))
-    examples = source.seed(seed).shuffle().repeat(_ENDLESS).random_map(draw)
+    if balanced:
+        order = grain.MapDataset.source(Balanced(dataset, seed)).seed(seed)
+    else:
+        order = grain.MapDataset.source(dataset.indices("train")).seed(seed).shuffle().repeat(_ENDLESS)
+    examples = order.random_map(draw)
     batches = examples.batch(rows)[process_index::process_count]
     if mixes(augment):
         if rows % 2:

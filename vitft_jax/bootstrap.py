@@ -1,0 +1,145 @@
+"""Bootstrap intervals of statistics of a data set, resampled by group: images of a group are not independent.
+
+A statistic is a function of weights, not of rows: a resample of whole groups is the number of times that each image is in it.
+So all resamples are computed at once, and a paired difference is the difference of two statistics under the same weights.
+
+Intervals are BCa intervals (Efron 1987, doi:10.1080/01621459.1987.10478410): percentiles of the resamples, corrected for the
+bias of these and for the change of their spread with the truth. The level is that at which a normal interval with the plain
+standard deviation has the width of Student's (Hesterberg 2015, arXiv:1411.5279, section 5.3), as a resample of few groups
+varies too little.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+Statistics = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+"""Takes weights `(n, R)`; returns arrays `(..., R)` by name, NaN where a statistic is not defined under these weights."""
+
+_CHUNK = 2**21  # weights at a time: 16 MB, so that large splits need no more memory than small ones
+_BLOCKS = 200  # at most so many parts of the groups are left out in turn to see how the spread changes
+_MOST_BIAS, _MOST_ACCELERATION, _FARTHEST = 1.0, 0.2, 4.0  # beyond, the formula of BCa nears its pole
+
+
+def resamples_of(groups: Sequence[str], resamples: int, seed: int = 0) -> np.ndarray:
+    """Weights `(n, resamples)` of resamples of whole groups with replacement."""
+    group_of = _numbers(groups)
+    count = int(group_of.max()) + 1
+    times = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    return np.ascontiguousarray(times.T[group_of], np.float64)
+
+
+def once(function: Statistics, images: int) -> dict[str, np.ndarray]:
+    """The statistics of the data as they are, `(...)`."""
+    return {name: value[..., 0] for name, value in function(np.ones((images, 1))).items()}
+
+
+def draws(function: Statistics, groups: Sequence[str], resamples: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """The statistics of resamples, `(..., resamples)`."""
+    size = max(1, _CHUNK // len(groups))
+    starts = range(0, resamples, size)
+    parts = [function(resamples_of(groups, min(size, resamples - start), seed + i)) for i, start in enumerate(starts)]
+    return _joined(parts)
+
+
+def bootstrap(
+    function: Statistics,
+    groups: Sequence[str],
+    resamples: int,
+    level: float = 0.95,
+    seed: int = 0,
+    units: Mapping[str, np.ndarray] | None = None,
+    shares: Sequence[str] = (),
+    biased: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Values of statistics with their intervals.
+
+    Args:
+        function: The statistics.
+        groups: Of the images, `(n,)`.
+        resamples: Number of them.
+        level: Of the intervals.
+        seed: Of the resamples.
+        units: For some statistics, how many groups they rest on, `(...)`, such as those that have a class; others rest on
+            all of them.
+        shares: Names of the statistics in 0..1 that are 1 (or 0) where there is no error, as a share of right images is. No
+            resample differs then; the other end is the exact (Clopper-Pearson) one of as many trials as there are groups.
+        biased: Names of the statistics that are biased in small samples, as a mean of absolute values is. Their resamples have
+            the same bias once more, so their intervals are mirrored at the value ("basic"), and cover less than they should.
+
+    Returns:
+        ``{name: {value, low, high}}``, or a list of such where a statistic has another dimension than the weightings.
+        `low` and `high` rest on the resamples in which the statistic is defined; they are NaN where there is only one group.
+    """
+    count = int(_numbers(groups).max()) + 1
+    values, drawn = once(function, len(groups)), draws(function, groups, resamples, seed)
+    left_out = _left_out(function, groups) if count > 1 else {}
+    result = {}
+    for name, value in values.items():
+        behind = np.broadcast_to(count if units is None else units.get(name, count), value.shape)
+        found = []
+        for i in np.ndindex(value.shape):
+            ends = (np.nan, np.nan)
+            if count > 1 and not math.isnan(value[i]):
+                n = int(behind[i])
+                row = drawn[name][i]
+                row = row[~np.isnan(row)]
+                if name in shares and value[i] in (0, 1):
+                    ends = _exact(float(value[i]), n, level)
+                elif n > 1 and row.size:
+                    tail = _tail(n, level)
+                    method = _basic if name in biased else _bca
+                    ends = method(float(value[i]), row, left_out[name][i], tail)
+            found.append({"value": float(value[i]), "low": float(ends[0]), "high": float(ends[1])})
+        result[name] = found if value.ndim else found[0]
+    return result
+
+
+def _tail(groups: int, level: float) -> float:
+    """Share of the draws beyond each end."""
+    t = stats.t.ppf((1 + level) / 2, groups - 1)
+    return float(stats.norm.cdf(-math.sqrt(groups / (groups - 1)) * t))
+
+
+def _exact(value: float, trials: int, level: float) -> tuple[float, float]:
+    far = ((1 - level) / 2) ** (1 / trials)
+    return (far, 1.0) if value == 1 else (0.0, 1 - far)
+
+
+def _basic(value: float, drawn: np.ndarray, _: np.ndarray, tail: float) -> tuple[float, float]:
+    """The basic interval of a value that is at least 0, widened to hold it."""
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return min(max(0.0, 2 * value - high), value), max(2 * value - low, value)
+
+
+def _bca(value: float, drawn: np.ndarray, left_out: np.ndarray, tail: float) -> tuple[float, float]:
+    """The BCa interval of a value, of draws `(R,)` and of values without some of the groups `(B,)`."""
+    below = np.mean(drawn < value) + np.mean(drawn == value) / 2
+    bias = float(np.clip(stats.norm.ppf(below), -_MOST_BIAS, _MOST_BIAS))
+    change = np.nanmean(left_out) - left_out[~np.isnan(left_out)] if (~np.isnan(left_out)).any() else np.zeros(1)
+    squares = float((change**2).sum())
+    acceleration = float((change**3).sum()) / (6 * squares**1.5) if squares > 0 else 0.0
+    acceleration = min(max(acceleration, -_MOST_ACCELERATION), _MOST_ACCELERATION)
+    ends = np.clip(bias + stats.norm.ppf([tail, 1 - tail]), -_FARTHEST, _FARTHEST)
+    low, high = np.quantile(drawn, stats.norm.cdf(bias + ends / (1 - acceleration * ends)))
+    return min(low, value), max(high, value)
+
+
+def _left_out(function: Statistics, groups: Sequence[str]) -> dict[str, np.ndarray]:
+    """The statistics without one part of the groups after the other, `(..., parts)`."""
+    part = _numbers(groups) % _BLOCKS
+    numbers = np.arange(part.max() + 1)
+    size = max(1, _CHUNK // len(part))
+    cuts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
+    return _joined([function((part[:, None] != cut).astype(np.float64)) for cut in cuts])
+
+
+def _joined(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
+
+
+def _numbers(groups: Sequence[str]) -> np.ndarray:
+    return np.unique(np.asarray(groups), return_inverse=True)[1]
