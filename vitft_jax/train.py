@@ -17,6 +17,7 @@ import numpy as np
 from vitft_jax import IMPORTED, calibration, cli, data, figures, flops, metrics, report, run, runtime, step, tree
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
+from vitft_jax.data import duplicates
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.evaluate import evaluate_split, outputs
 
@@ -60,6 +61,8 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
         report.print_results(f"{workdir} is finished (best step {summary['best_step']})", summary["metrics"])
         return summary
 
+    if warning := duplicates.warning(dataset):
+        print(warning, flush=True)
     with Checkpoints(folder.checkpoints) as checkpoints:
         state, timing = _fit(config, dataset, built, batches, folder, checkpoints)
         trainable, best_step = checkpoints.restore_best(built.trainable)
