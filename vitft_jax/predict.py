@@ -2,8 +2,8 @@
 
 Writes a CSV with the decision and the probability of each class for every image, and if wanted contact sheets. Where true
 labels are known (sub-folders with the names of classes, or the table's `label` or label columns) it also says how many were
-right. The run's folder and its base weights are enough. DICOM files are read where pydicom is installed; every frame is an image
-then.
+right. The run's folder and its base weights are enough. DICOM files are read where pydicom is installed; each of their frames
+is an image.
 
 An image that cannot be read is named and left out, and the exit code is 3; it is 2 if nothing was written.
 """

@@ -77,7 +77,8 @@ def fingerprints(images: Sequence[Image.Image]) -> list[Fingerprint]:
 def pairs(prints: Sequence[Fingerprint]) -> list[Pair]:
     """Pairs that are alike, by kind and falling similarity.
 
-    Each exact copy of an image is paired with the first, which alone is compared with others. Of more than MOST near pairs those of the later images are left out.
+    Each exact copy of an image is paired with the first, which alone is compared with others. Of more than MOST near pairs
+    those of the later images are left out.
     """
     first: dict[bytes, int] = {}
     found = []
