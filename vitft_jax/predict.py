@@ -69,7 +69,7 @@ def predict(
         _sheet(grid, model, inputs, p, shown, f"{len(shown)} of {len(read)} images")
     if mistakes is not None:
         wrong = _mistakes(model, inputs.labels, p)
-        title = f"{len(wrong)} mistakes in {_known(inputs.labels).sum()} images, the most certain first"
+        title = f"{len(wrong)} mistakes in {_known(inputs.labels).sum()} images, those furthest off first"
         _sheet(mistakes, model, inputs, p, wrong[: sheets.MOST], title)
     return failed
 
@@ -163,7 +163,7 @@ def _sheet(path: Path, model: Predictor, inputs: Inputs, p: np.ndarray, shown: S
         if inputs.labels is not None and _known(inputs.labels[i : i + 1])[0]:
             true = model.names(inputs.labels[i : i + 1])[0]
             right = true == said
-            caption += f"\n{'right' if right else 'wrong'}: {', '.join(true) or 'none'}"
+            caption += f"\ntrue: {', '.join(true) or 'none'}{'' if right else ' (wrong)'}"
         tiles.append(sheets.Tile(inputs.items[i].read(model.max_side), caption, right))
     sheets.draw(path, tiles, title)
     print(f"{path}: {title}", flush=True)

@@ -1,6 +1,7 @@
 """Contact sheets: many images on one page, each with a caption."""
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,20 +50,20 @@ def draw(path: Path, tiles: Sequence[Tile], title: str, columns: int = 8) -> Non
     """Writes a PNG, whole or not at all: tiles in rows from the left, `columns` of them a row."""
     columns = max(1, min(columns, len(tiles)))
     rows = max(1, -(-len(tiles) // columns))
-    below = 0.14 * max((tile.caption.count("\n") + 1 for tile in tiles), default=1) + 0.1
+    captions = ["\n".join(map(_fitted, tile.caption.split("\n"))) for tile in tiles]
+    below = 0.14 * max((caption.count("\n") + 1 for caption in captions), default=1) + 0.1
     size = (max(_INCH * columns, 4.0), (_INCH + below) * rows + 0.35)
     figure = Figure(figsize=size, layout="constrained", dpi=110)
     figure.suptitle(title, fontsize=9)
     for axis in figure.subplots(rows, columns, squeeze=False).flat[len(tiles) :]:
         axis.axis("off")
-    for axis, tile in zip(figure.axes, tiles, strict=False):
+    for axis, tile, caption in zip(figure.axes, tiles, captions, strict=False):
         if tile.image is not None:
             axis.imshow(_small(tile.image), cmap="gray", vmin=0, vmax=255)
         else:
             axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=8, transform=axis.transAxes)
         axis.set(xticks=[], yticks=[], anchor="N")
-        lines = "\n".join(map(_shorter, tile.caption.split("\n")))
-        axis.set_xlabel(lines, fontsize=6.5, color=_COLOURS[tile.right], parse_math=False)
+        axis.set_xlabel(caption, fontsize=6.5, color=_COLOURS[tile.right], parse_math=False)
         for spine in axis.spines.values():
             spine.set(color=_COLOURS[tile.right], linewidth=0.5 if tile.right is None else 1.5)
     part = path.with_name(path.name + ".part")
@@ -76,7 +77,8 @@ def _small(image: Image.Image) -> np.ndarray:
     return np.asarray(image)
 
 
-def _shorter(line: str) -> str:
-    """A line with its middle left out where it is too long: both ends of a path tell more."""
-    kept = (_LONGEST - 3) // 2
-    return line if len(line) <= _LONGEST else f"{line[:kept]}...{line[-kept:]}"
+def _fitted(line: str) -> str:
+    """A line as narrow as a tile: a path by its end, which tells more than its beginning; other text in several lines."""
+    if "/" in line:
+        return line if len(line) <= _LONGEST else f"...{line[3 - _LONGEST :]}"
+    return textwrap.fill(line, _LONGEST)

@@ -6,7 +6,8 @@ finer than a Gaussian of one pixel is kept, scaled to unit length; what the whol
 scanner's screen) is subtracted, and the cosine is taken between all pairs.
 
 Measured on BUSI (780 breast scans, 303,810 pairs): 223 pairs reach NEAR, and all of them show one scene. 149 of the 150 pairs
-within the groups of its table are among them, and 74 that these groups miss, all looked at. Unrelated pairs reach 0.36. With
+within the groups of its table are among them, and 74 that these groups miss, all looked at. Unrelated pairs reach 0.36. (Of
+886 generated scans of 450 patients, see `phantom`, all of the 164 pairs found are views of one patient.) With
 the frame of a screen drawn around every image 55 unrelated pairs are found too. Changes of brightness, contrast, size and
 compression are seen through, and shifts by a sixtieth of the width; of shifts by a thirtieth most are found, by a twentieth
 few. A crop of a fiftieth on every side is seen through, one of twice that is not.
@@ -85,10 +86,10 @@ def pairs(prints: Sequence[Fingerprint]) -> list[Pair]:
     for i, print_ in enumerate(prints):
         if (j := first.setdefault(print_.digest, i)) != i:
             found.append(Pair(j, i, "exact", 1.0))
-    distinct = np.array(list(first.values()), int)
-    vectors = (
-        _vectors(np.stack([prints[i].thumbnail for i in distinct])) if len(distinct) else np.zeros((0, SIDE, SIDE))
-    )
+    if not first:
+        return []
+    distinct = np.array(list(first.values()))
+    vectors = _vectors(np.stack([prints[i].thumbnail for i in distinct]))
     alike = sorted(_alike(vectors), key=lambda pair: -pair[2])
     for kind in (False, True):
         found += [
