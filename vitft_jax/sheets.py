@@ -61,6 +61,7 @@ def draw(path: Path, tiles: Sequence[Tile], title: str, columns: int = 8) -> Non
         if tile.image is not None:
             axis.imshow(_small(tile.image), cmap="gray", vmin=0, vmax=255)
         else:
+            axis.set_box_aspect(1)
             axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=8, transform=axis.transAxes)
         axis.set(xticks=[], yticks=[], anchor="N")
         axis.set_xlabel(caption, fontsize=6.5, color=_COLOURS[tile.right], parse_math=False)

@@ -1,5 +1,6 @@
 """What is odd about an image: looked at one by one, as it is stored and as it is seen after decoding."""
 
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,15 +45,10 @@ def inspect(images: Images, index: int, image_size: int) -> Inspected:
         return Inspected(str(error), (0, 0), "", None, ())
     size, mode, stored = image.size, image.mode, ()
     if isinstance(images, EncodedImages):
-        with Image.open(_file(images.source(index))) as file:
+        source = images.source(index)
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             size, mode, stored = file.size, file.mode, tuple(_stored(file))
     return Inspected("", size, mode, fingerprint(image), (*stored, *_seen(image, size, image_size)))
-
-
-def _file(source: object) -> object:
-    from io import BytesIO
-
-    return BytesIO(source) if isinstance(source, bytes) else source
 
 
 def _stored(file: Image.Image) -> Iterator[tuple[str, str]]:
