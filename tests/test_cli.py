@@ -13,7 +13,7 @@ def command(*arguments):
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "evaluate", "predict", "check_data"])
 def test_help_has_an_example(name):
     result = command(f"vitft_jax.{name}", "--help")
     assert result.returncode == 0

@@ -6,6 +6,7 @@ is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv`, 
 settings.
 """
 
+import csv
 import hashlib
 import json
 import math
@@ -71,9 +72,31 @@ class Built:
         return {"total": total, "trainable": trainable, "trainable_percent": 100 * trainable / total}
 
 
-def total_steps(config: configs.Config, dataset: data.Dataset) -> int:
-    """Optimiser steps of a run."""
-    return config.train.steps or math.ceil(config.train.epochs * data.steps_per_epoch(dataset, config.train.batch_size))
+@dataclass(frozen=True)
+class Task:
+    """What a program needs to know of its data.
+
+    Attributes:
+        classes: Names.
+        multilabel: Whether an image has several labels.
+        total_steps: Optimiser steps of the run.
+        class_weights: Of the loss; () = all 1.
+    """
+
+    classes: tuple[str, ...]
+    multilabel: bool
+    total_steps: int
+    class_weights: tuple[float, ...] = ()
+
+
+def task_of(config: configs.Config, dataset: data.Dataset) -> Task:
+    """The task of a run that trains on `dataset`."""
+    weights = class_weights(dataset) if config.train.class_weights else ()
+    return Task(dataset.classes, dataset.multilabel, _total_steps(config, len(dataset.indices("train"))), weights)
+
+
+def _total_steps(config: configs.Config, train_images: int) -> int:
+    return config.train.steps or math.ceil(config.train.epochs * math.ceil(train_images / config.train.batch_size))
 
 
 def whole_model(program: Program, weights: Weights) -> dict[str, Any]:
@@ -118,7 +141,7 @@ def finetuned(workdir: Path, name: str = "") -> pretrained.Pretrained:
     """The best model of a run as base weights of another: adapters merged, and the head, which stays where the classes do.
 
     Args:
-        workdir: The folder of the run; its base weights and its data must still be where they were.
+        workdir: The folder of the run; its base weights must still be where they were.
         name: Key of `vit.VARIANTS` that the architecture must agree with; '' for no such check.
 
     Raises:
@@ -130,9 +153,9 @@ def finetuned(workdir: Path, name: str = "") -> pretrained.Pretrained:
     config = folder.config()
     config.mesh = configs.default().mesh  # the devices of today
     config, source = resolve(config)
-    dataset = folder.dataset(config)
-    built = build(config, dataset, source)
-    folder.open(config, dataset, built)
+    task = folder.task(config)
+    built = build_for(config, task, source)
+    folder.confirm(task, built)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, _ = checkpoints.restore_best(built.trainable)
     trainable, frozen = (built.program.layout.gathered(variables) for variables in (trainable, built.frozen))
@@ -146,7 +169,7 @@ def finetuned(workdir: Path, name: str = "") -> pretrained.Pretrained:
     return pretrained.Pretrained(
         model=model,
         params=jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params),
-        classes=dataset.classes,
+        classes=task.classes,
         image_size=config.data.image_size,
         mean=built.program.mean,
         std=built.program.std,
@@ -160,6 +183,16 @@ def finetuned(workdir: Path, name: str = "") -> pretrained.Pretrained:
 def build(
     config: configs.Config,
     dataset: data.Dataset,
+    source: pretrained.Pretrained | None,
+    whole: dict[str, Any] | None = None,
+) -> Built:
+    """`build_for` the task of a run that trains on `dataset`."""
+    return build_for(config, task_of(config, dataset), source, whole)
+
+
+def build_for(
+    config: configs.Config,
+    task: Task,
     source: pretrained.Pretrained | None,
     whole: dict[str, Any] | None = None,
 ) -> Built:
@@ -191,7 +224,7 @@ def build(
     layout = sharding.layout(config, method.sharding)
     model = ViT(
         **architecture,
-        classes=len(dataset.classes),
+        classes=len(task.classes),
         dtype=jnp.dtype(config.dtype),
         dot_general_cls=layout.products(method.dot_general_cls),
         attend=method.attend,
@@ -203,15 +236,14 @@ def build(
             f"config key mesh.model={config.mesh.model}: does not divide the {model.heads} attention heads"
         )
     method.check(model, (size // model.patch) ** 2)
-    steps_in_all = total_steps(config, dataset)
     program = Program(
         model=model,
         method=method,
-        tx=optim.optimizer(config, method, steps_in_all),
+        tx=optim.optimizer(config, method, task.total_steps),
         mean=mean,
         std=std,
-        multilabel=dataset.multilabel,
-        class_weights=class_weights(dataset) if config.train.class_weights else (),
+        multilabel=task.multilabel,
+        class_weights=task.class_weights,
         label_smoothing=config.train.label_smoothing,
         focal_gamma=config.train.focal_gamma,
         accumulate=config.train.accumulate,
@@ -219,8 +251,8 @@ def build(
         layout=layout,
     )
     if whole is not None:
-        return Built(program, None, {}, Weights(**whole["weights"]), steps_in_all, whole=whole)
-    initial = _initial(model, config, source, method, () if dataset.multilabel else dataset.classes, layout)
+        return Built(program, None, {}, Weights(**whole["weights"]), task.total_steps, whole=whole)
+    initial = _initial(model, config, source, method, () if task.multilabel else task.classes, layout)
     trainable, frozen = tree.split(method.prepare(initial), _trains(config, method))
     if "params" not in trainable:
         raise InputError(
@@ -232,9 +264,9 @@ def build(
     trainable, frozen = layout.put(trainable), layout.put(frozen)
     weights = Weights(source.source, source.revision, source.sha256) if source else Weights("random", "", "")
     phases = tuple(
-        (end, replace(program, model=model.clone(select=select))) for end, select in method.phases(steps_in_all)
+        (end, replace(program, model=model.clone(select=select))) for end, select in method.phases(task.total_steps)
     )
-    return Built(program, trainable, frozen, weights, steps_in_all, phases)
+    return Built(program, trainable, frozen, weights, task.total_steps, phases)
 
 
 def _initial(
@@ -315,6 +347,12 @@ def _read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
     return content
 
 
+def _from_outside(task: Task, built: Built) -> dict[str, Any]:
+    """What `run.json` holds."""
+    now = {"weights": asdict(built.weights), "classes": list(task.classes), "multilabel": task.multilabel}
+    return now | (built.whole or {})
+
+
 class Folder:
     """A run folder."""
 
@@ -352,24 +390,32 @@ class Folder:
         Raises:
             InputError: They are not.
         """
-        now = {"weights": asdict(built.weights), "classes": list(dataset.classes), "multilabel": dataset.multilabel}
-        now |= built.whole or {}
+        task = Task(dataset.classes, dataset.multilabel, built.total_steps)
         exists = self.exists
         processes.wait("every process has looked at the folder")
         if exists:
-            for key, then in self.resolved().items():
-                if then != now[key]:
-                    raise InputError(
-                        f"--workdir {self.path}: its {key} were {then} when it was started and are {now[key]} now. "
-                        "Restore them, or choose another --workdir"
-                    )
+            self.confirm(task, built)
             return
         if processes.first():
             self.path.mkdir(parents=True, exist_ok=True)
             report.write_text(self.path / "config.json", configs.to_json(config))
             data.write_table(dataset, self.path / "split.csv")
-            report.write_json(self.path / "run.json", now)
+            report.write_json(self.path / "run.json", _from_outside(task, built))
         processes.wait("the folder is there")
+
+    def confirm(self, task: Task, built: Built) -> None:
+        """Makes sure that the weights and classes of a run are still what they were.
+
+        Raises:
+            InputError: They are not.
+        """
+        now = _from_outside(task, built)
+        for key, then in self.resolved().items():
+            if then != now[key]:
+                raise InputError(
+                    f"--workdir {self.path}: its {key} were {then} when it was started and are {now[key]} now. "
+                    "Restore them, or choose another --workdir"
+                )
 
     def config(self) -> configs.Config:
         """The config of the run.
@@ -398,6 +444,20 @@ class Folder:
         """What `build` needs of a run whose checkpoint holds the whole model; None for other runs."""
         resolved = self.resolved() if self.exists else {}
         return {k: resolved[k] for k in ("weights", "model", "mean", "std")} if "model" in resolved else None
+
+    def task(self, config: configs.Config) -> Task:
+        """The task of the run, from its folder alone: its data need not be there. Loss weights are left out.
+
+        Raises:
+            InputError: `split.csv` is not in the folder.
+        """
+        try:
+            with (self.path / "split.csv").open(encoding="utf-8", newline="") as file:
+                train_images = sum(row["split"] == "train" for row in csv.DictReader(file))
+        except (OSError, KeyError) as error:
+            raise InputError(f"{self.path / 'split.csv'}: cannot be read ({error!r}); restore it from a copy") from None
+        resolved = self.resolved()
+        return Task(tuple(resolved["classes"]), resolved["multilabel"], _total_steps(config, train_images))
 
     def dataset(self, config: configs.Config) -> data.Dataset:
         """The images of the run: in the splits that it was started with, if it was."""

@@ -32,6 +32,7 @@ from vitft_jax import (
 )
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
+from vitft_jax.data import duplicates
 from vitft_jax.errors import InputError, Preempted, nearest
 from vitft_jax.evaluate import by_part, evaluate_split, fit_decision, outputs
 from vitft_jax.lock import Lock
@@ -90,6 +91,8 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
         report.print_results(f"{workdir} is finished (best step {summary['best_step']})", summary["metrics"])
         return summary
 
+    if warning := duplicates.warning(dataset):
+        print(warning, flush=True)
     with Checkpoints(folder.checkpoints) as checkpoints:
         state, timing, halved = _fit_again(config, dataset, built, batches, folder, checkpoints)
         trainable, best_step = checkpoints.restore_best(built.trainable)

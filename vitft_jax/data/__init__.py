@@ -2,7 +2,7 @@
 
 from vitft_jax.data.augment import augment, check_augment
 from vitft_jax.data.batches import Batches, eval_batches, steps_per_epoch, train_batches
-from vitft_jax.data.images import FITS, ImageFiles, decode, find_images, resize
+from vitft_jax.data.images import FITS, ImageFiles, decode, find_images, resize, side_to_keep, to_8_bit
 from vitft_jax.data.sources import Dataset, cache_folder, load
 from vitft_jax.data.splits import SPLITS, split_by_group
 from vitft_jax.data.tables import write_table
@@ -21,8 +21,10 @@ __all__ = [
     "find_images",
     "load",
     "resize",
+    "side_to_keep",
     "split_by_group",
     "steps_per_epoch",
+    "to_8_bit",
     "train_batches",
     "write_table",
 ]

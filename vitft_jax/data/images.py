@@ -152,6 +152,10 @@ class EncodedImages(Sequence[Image.Image], ABC):
     def _source(self, index: int) -> Path | bytes:
         """Returns the path of file `index` or its contents; raises InputError if it cannot."""
 
+    def source(self, index: int) -> Path | bytes:
+        """The path of file `index` or its contents, as stored; raises InputError if they cannot be had."""
+        return self._source(index)
+
     def _start_cache(self) -> None:
         self._cache: dict[int, Image.Image] = {}
         self._cached_bytes = 0

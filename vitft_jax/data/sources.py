@@ -86,6 +86,15 @@ def load(
     Raises:
       InputError: anything in the data, the table or the config that cannot be trained on.
     """
+    dataset, places = read(config, seed, classes, table=table)
+    check_splits(dataset.classes, dataset.labels, dataset.groups, dataset.splits, places)
+    return dataset
+
+
+def read(
+    config: ConfigDict, seed: int, classes: Sequence[str] | None = None, *, table: str | Path | None = None
+) -> tuple[Dataset, tuple[str, ...]]:
+    """As `load`, but whether its splits can be trained on is not checked; also returns how the user knows each example."""
     kind = config.source or _kind(config)
     if kind not in SOURCES:
         raise InputError(f"data.source = {kind!r} is unknown; {nearest(kind, SOURCES)}")
@@ -101,8 +110,7 @@ def load(
     class_names = tuple(classes) if classes is not None else found
     labels = _encode(examples, found, class_names)
     splits = _complete_splits(examples, labels, config, seed)
-    check_splits(class_names, labels, examples.groups, splits, examples.places)
-    return Dataset(
+    dataset = Dataset(
         classes=class_names,
         multilabel=labels.ndim == 2,
         names=examples.names,
@@ -111,6 +119,7 @@ def load(
         splits=splits,
         images=images,
     )
+    return dataset, examples.places
 
 
 def _folder(config: ConfigDict, table: str | Path | None) -> tuple[Examples, Images, tuple[str, ...]]:

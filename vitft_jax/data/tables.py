@@ -24,6 +24,7 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
+FAULTS = 20  # rows to name in one message
 _BINARY = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
 _RESERVED = ("path", "label", "group", "split")
 
@@ -107,7 +108,7 @@ def _read(
     table: Path, label_columns: Sequence[str], to_name: Callable[[str, str], str]
 ) -> tuple[Examples, tuple[int, ...]]:
     """Returns the rows as examples, and the number of each row; `to_name` takes a path and its place."""
-    header, rows = _read_rows(table)
+    header, rows = read_rows(table)
     _check_columns(header, table, label_columns)
     names: list[str] = []
     labels: list[str] = []
@@ -115,25 +116,32 @@ def _read(
     groups: list[str] = []
     splits: list[str] = []
     first_row: dict[str, int] = {}
+    faults: list[str] = []
     for number, cells in rows:
         row = dict(zip(header, cells, strict=True))
         where = f"{table}, row {number}"
-        name = to_name(row["path"], where)
-        if name in first_row:
-            raise InputError(
-                f"{where}: {row['path']!r} is listed in row {first_row[name]} already; keep one of the two."
-            )
-        first_row[name] = number
-        names.append(name)
-        if label_columns:
-            binary.append([_binary(row[column], column, where) for column in label_columns])
-        elif row["label"]:
-            labels.append(row["label"])
+        try:
+            name = to_name(row["path"], where)
+            if name in first_row:
+                raise InputError(
+                    f"{where}: {row['path']!r} is listed in row {first_row[name]} already; keep one of the two."
+                )
+            first_row[name] = number
+            if label_columns:
+                binary.append([_binary(row[column], column, where) for column in label_columns])
+            elif row["label"]:
+                labels.append(row["label"])
+            else:
+                raise InputError(f"{where}: the label is blank; give a class or take the row out.")
+            if "split" in header:
+                splits.append(_split(row["split"], where))
+        except InputError as error:
+            faults.append(str(error))
         else:
-            raise InputError(f"{where}: the label is blank; give a class or take the row out.")
-        groups.append(row.get("group") or name)
-        if "split" in header:
-            splits.append(_split(row["split"], where))
+            names.append(name)
+            groups.append(row.get("group") or name)
+    if faults:
+        raise InputError(_together(faults, f"{table}: {len(faults)} rows cannot be used:"))
     examples = Examples(
         names=tuple(names),
         labels=np.array(binary, np.float32) if label_columns else tuple(labels),
@@ -160,7 +168,7 @@ def write_table(dataset: "Dataset", path: str | Path) -> None:
             writer.writerow([name, *cells, dataset.groups[i], dataset.splits[i]])
 
 
-def _read_rows(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def read_rows(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Returns the header and, for each row, its line number in the file and its cells, stripped."""
     if not table.is_file():
         raise InputError(f"There is no table {table}; correct data.table.")
@@ -222,6 +230,14 @@ def _split(value: str, where: str) -> str:
     if value.lower() not in SPLIT_NAMES:
         raise InputError(f"{where}: the split is {value!r}; {nearest(value, ('train', 'val', 'test'))}")
     return SPLIT_NAMES[value.lower()]
+
+
+def _together(faults: Sequence[str], title: str) -> str:
+    """A message about one fault, or a title and the first of several."""
+    if len(faults) == 1:
+        return faults[0]
+    more = [f"... and {len(faults) - FAULTS} more"] if len(faults) > FAULTS else []
+    return "\n  ".join([title, *faults[:FAULTS], *more])
 
 
 def _rows(examples: Examples, numbers: Sequence[int], chosen: Sequence[int]) -> str:
