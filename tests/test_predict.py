@@ -10,7 +10,8 @@ from support import TINY
 
 import vitft_jax
 from vitft_jax import config as configs
-from vitft_jax import inputs, predict, predictor, quantize, run, sheets, step, train, vit
+from vitft_jax import decision, inputs, predict, quantize, sheets, step, train, vit
+from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
 from vitft_jax.ptq.recipe import Recipe
 
@@ -128,16 +129,19 @@ def test_what_is_no_image_is_refused(runs, images, message):
         vitft_jax.load(runs / "one").predict(images)
 
 
-def test_thresholds_are_the_runs_own(runs, tmp_path):
+def test_temperature_and_thresholds_are_the_runs_own(runs, tmp_path):
     workdir = shutil.copytree(runs / "several", tmp_path / "run")
-    folder = run.Folder(workdir)
-    np.testing.assert_array_equal(predictor.thresholds(folder, ("visible", "bright")), [0.5, 0.5])
-    summary = folder.summary.read_text()
-    folder.summary.write_text(summary.replace("{", '{"thresholds": {"bright": 1.0, "visible": 0.0},', 1))
-    result = vitft_jax.load(workdir).predict([np.zeros((16, 16), np.uint8), np.full((16, 16), 255, np.uint8)])
-    assert result.labels == (("visible",), ("visible",))
-    folder.summary.unlink()  # a run that is still training
-    np.testing.assert_array_equal(vitft_jax.load(workdir).thresholds, [0.5, 0.5])
+    images = [np.zeros((16, 16), np.uint8), np.full((16, 16), 255, np.uint8)]
+    decision.write(workdir, Decision(1.0, (0.0, 1.0)), ("visible", "bright"))
+    cold = vitft_jax.load(workdir).predict(images)
+    assert cold.labels == (("visible",), ("visible",))
+    decision.write(workdir, Decision(2.0), ("visible", "bright"))
+    warm = vitft_jax.load(workdir).predict(images).probabilities
+    np.testing.assert_allclose(
+        np.log(warm / (1 - warm)), np.log(cold.probabilities / (1 - cold.probabilities)) / 2, rtol=1e-6
+    )
+    (workdir / decision.FILE).unlink()  # a run that is still training
+    assert vitft_jax.load(workdir).decision == decision.RAW
 
 
 def test_a_folder_with_bad_images_gives_the_others(runs, image_folder, tmp_path, capsys):

@@ -4,7 +4,6 @@ Images go the way that they went in evaluation, through the same compiled step a
 said of an image does not depend on who asks. The folder of the run and its base weights are enough; its data need not be there.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from vitft_jax import data, metrics, run, step
+from vitft_jax import config as configs
+from vitft_jax import data, decision, run, step
 from vitft_jax.checkpoint import Checkpoints
+from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
-
-THRESHOLD = 0.5  # of the probability of a label, where the run has none of its own
 
 
 @dataclass(frozen=True)
@@ -42,21 +41,20 @@ class Predictor:
     Attributes:
         classes: Names of the columns of the probabilities.
         multilabel: Whether an image has several labels.
-        thresholds: float64 `(C,)`: a label is decided from this probability on; without a meaning if not `multilabel`.
+        decision: How logits are read: the temperature and thresholds of the run.
         image_size: Side of the model's input in pixels.
         batch_size: Images that the model sees at once; each new value compiles anew.
         step: Of the checkpoint.
     """
 
-    def __init__(
-        self, config: Any, built: run.Built, trainable: Any, task: run.Task, thresholds: np.ndarray, at: int
-    ) -> None:
+    def __init__(self, config: Any, built: run.Built, trainable: Any, task: run.Task, how: Decision, at: int) -> None:
         """Takes what `load` read."""
         self._built, self._trainable = built, trainable
         self._fit = config.data.fit
         self.classes, self.multilabel = task.classes, task.multilabel
-        self.thresholds, self.step = thresholds, at
-        self.image_size, self.batch_size = config.data.image_size, config.train.batch_size
+        self.decision, self.step = how, at
+        self.image_size = config.data.image_size
+        self.batch_size = built.program.layout.rows(config.train.batch_size)
 
     @property
     def max_side(self) -> int:
@@ -91,15 +89,14 @@ class Predictor:
             rows = inputs[start : start + size]
             batch = np.zeros((size, *inputs.shape[1:]), np.uint8)
             batch[: len(rows)] = rows
-            said = step.eval_step(self._trainable, frozen, batch, program=self._built.program)
+            program = self._built.program
+            said = step.eval_step(self._trainable, frozen, program.layout.batch(batch), program=program)
             logits.append(np.asarray(said)[: len(rows)])
-        return metrics.probabilities(np.concatenate(logits), self.multilabel)
+        return self.decision.probabilities(np.concatenate(logits), self.multilabel)
 
     def decide(self, probabilities: np.ndarray) -> np.ndarray:
         """Decisions of probabilities `(n, C)`, as in `Prediction`."""
-        if self.multilabel:
-            return (probabilities >= self.thresholds).astype(np.int32)
-        return probabilities.argmax(axis=-1).astype(np.int32)
+        return self.decision.decide(probabilities, self.multilabel)
 
     def names(self, decisions: np.ndarray) -> tuple[tuple[str, ...], ...]:
         """Names of decisions: one class an image, or any number of labels."""
@@ -142,22 +139,16 @@ def load(workdir: Path) -> Predictor:
     """
     folder = run.Folder(workdir)
     whole = folder.whole()
-    config, source = run.resolve(folder.config(), whole)
+    config = folder.config()
+    config.mesh = configs.default().mesh  # the devices of today
+    config, source = run.resolve(config, whole)
     task = folder.task(config)
     built = run.build_for(config, task, source, whole)
     folder.confirm(task, built)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        trainable, at = checkpoints.restore_best(built.trainable)
+        trainable, at = checkpoints.restore_best(built.trainable, built.program.layout)
     step.check_calibrated(built.program, trainable)
-    return Predictor(config, built, trainable, task, thresholds(folder, task.classes), at)
-
-
-def thresholds(folder: run.Folder, classes: tuple[str, ...]) -> np.ndarray:
-    """The probability from which each label is decided, `(C,)`: the run's own (`thresholds` in its summary), or THRESHOLD."""
-    if not folder.summary.exists():
-        return np.full(len(classes), THRESHOLD)
-    own = json.loads(folder.summary.read_text(encoding="utf-8")).get("thresholds", {})
-    return np.array([own.get(name, THRESHOLD) for name in classes], float)
+    return Predictor(config, built, trainable, task, decision.read(workdir), at)
 
 
 def _describe(value: Any) -> str:
