@@ -50,12 +50,19 @@ def test_overrides_take_the_type_of_the_default(file):
         ("train.warmup=1.5", "train.warmup=1.5: at least 0 and below 1"),
         ("train.accumulate=3", "does not divide into train.accumulate=3"),
         ("train.epochs=0", "both 0"),
+        ("train.focal_gamma=-1.0", "train.focal_gamma=-1.0: at least 0"),
+        ("train.thresholds=best", "train.thresholds='best': one of 'f1', 'youden', 'half'"),
     ],
 )
 def test_bad_overrides_are_refused_by_key(file, override, message):
     with pytest.raises(InputError) as error:
         configs.load(file, [override])
     assert message in str(error.value)
+
+
+def test_one_correction_for_rare_classes_at_a_time(file):
+    with pytest.raises(InputError, match=r"train.class_weights and train.balanced both"):
+        configs.load(file, ["train.class_weights=True", "train.balanced=True"])
 
 
 @pytest.mark.parametrize(

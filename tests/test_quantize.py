@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 from support import TINY, integer_dots
 
-from vitft_jax import calibration, evaluate, metrics, quantize, quantized_attention, run, step, train, tree, vit
+from vitft_jax import (
+    calibration,
+    decision,
+    evaluate,
+    metrics,
+    quantize,
+    quantized_attention,
+    run,
+    step,
+    train,
+    tree,
+    vit,
+)
 from vitft_jax import config as configs
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
@@ -82,7 +94,7 @@ def test_a_run_becomes_an_int8_run_that_needs_no_other_weights(trained, tmp_path
     assert "leaving out layer 12/12" in said
     assert {p.name for p in output.iterdir()} == {
         "config.json", "run.json", "split.csv", "summary.json", "checkpoints", "predictions_val.csv",
-        "predictions_test.csv",
+        "predictions_test.csv", "decision.json",
     }  # fmt: skip
     assert list(tmp_path.iterdir()) == [output]
 
@@ -104,12 +116,15 @@ def test_a_run_becomes_an_int8_run_that_needs_no_other_weights(trained, tmp_path
     for split in ("val", "test"):
         compared = told["compared"][split]
         float_run = json.loads((trained / "summary.json").read_text())["metrics"][split]
-        assert compared["float"] == float_run
+        then = {name: m["value"] for name, m in compared["float"].items()}
+        assert then == {name: m["value"] for name, m in float_run.items()}
         assert compared["agreement"] == 1
         assert 0 < compared["divergence"] < 1e-3
         for name, change in compared["change"].items():
-            now, then = summary["metrics"][split][name]["value"], float_run[name]["value"]
-            assert change["value"] == (None if None in (now, then) else now - then), name
+            assert change["value"] == summary["metrics"][split][name]["value"] - then[name]
+    float_t, int8_t = (decision.read(workdir).temperature for workdir in (trained, output))
+    assert int8_t != float_t  # fitted again
+    assert int8_t == pytest.approx(float_t, rel=0.05) == summary["calibration"]["test"]["temperature"]
     assert all(layer["snr_db"] > 30 for layer in told["layers"].values())
     assert told["layers"]["blocks_0/mlp/fc2"]["alpha"] is None
     assert "sensitivity" in told["layers"]["blocks_0/mlp/fc2"]

@@ -10,7 +10,7 @@ from PIL import Image
 from support import lines, trained
 
 from vitft_jax import config as configs
-from vitft_jax import data, evaluate, metrics, run, step, train, tree
+from vitft_jax import data, decision, evaluate, metrics, report, run, step, train, tree
 from vitft_jax.errors import InputError
 
 
@@ -69,6 +69,7 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(tiny_config, tmp_
     tiny_config.lora.dropout = 0.1
     tiny_config.augment.update({"speckle": 0.2, "tgc": 0.2, "mixup": 0.4, "cutmix": 1.0})
     tiny_config.train.epochs = 3.0
+    tiny_config.train.balanced, tiny_config.train.focal_gamma = True, 2.0
     train.train(tiny_config, tmp_path / "whole")
     real, calls = step.train_step, []
 
@@ -139,11 +140,64 @@ def test_multilabel_table_end_to_end(tiny_config, image_folder, tmp_path):
     tiny_config.train.epochs = 6.0
     summary = train.train(tiny_config, tmp_path / "run")
     assert tuple(summary["metrics"]["test"]) == metrics.MULTILABEL
+    how = decision.read(tmp_path / "run")
+    assert list(summary["calibration"]["test"]["thresholds"].values()) == list(how.thresholds)
     assert set(summary["per_class"]["test"]) == {"visible", "bright"}
     assert np.shape(summary["confusion"]["test"]) == (2, 2, 2)
     assert summary["metrics"]["test"]["auroc"]["value"] >= 0.8
     header = (tmp_path / "run" / "predictions_test.csv").read_text().splitlines()[0]
     assert header == "path,group,true:visible,true:bright,predicted:visible,predicted:bright,p:visible,p:bright"
+
+
+def test_temperature_and_thresholds_are_fitted_on_validation_and_used_everywhere(tiny_config, tmp_path, capsys):
+    summary = train.train(tiny_config, tmp_path / "run")
+    folder = run.Folder(tmp_path / "run")
+    how, dataset = decision.read(folder.path), folder.dataset(tiny_config)
+    built = run.build(folder.config(), dataset, None)
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        trainable, _ = checkpoints.restore_best(built.trainable)
+    for split in ("val", "test"):
+        out = evaluate.outputs(built.program, trainable, built.frozen, dataset, split, tiny_config)
+        if split == "val":
+            assert how == decision.fit(out.logits, out.labels, [dataset.groups[i] for i in out.indices], "f1")
+        raw, scaled = (metrics.probabilities(z, False) for z in (out.logits, out.logits / how.temperature))
+        read = report.read_predictions(folder.path / f"predictions_{split}.csv")
+        np.testing.assert_allclose(read.probabilities, scaled, atol=1e-6)
+        told = summary["calibration"][split]
+        assert told["temperature"] == how.temperature != 1
+        for name in ("ece", "brier", "loss"):
+            assert told["before"][name] == pytest.approx(metrics.compute(raw, out.labels, False)[name], rel=1e-6)
+            assert told["after"][name] == summary["metrics"][split][name]["value"]
+    assert summary["calibration"]["val"]["after"]["loss"] < summary["calibration"]["val"]["before"]["loss"]
+    assert f"test: temperature {how.temperature:.2f}, ece " in capsys.readouterr().out
+
+
+def test_thresholds_decide_and_another_rule_changes_nothing_else(tiny_config, image_folder, tmp_path):
+    table = tmp_path / "labels.csv"
+    names = sorted(p.relative_to(image_folder).as_posix() for p in image_folder.rglob("*.png"))
+    table.write_text("path,light,odd\n" + "".join(f"{n},{int('light' in n)},{int(n[-5]) % 2}\n" for n in names))
+    tiny_config.data.table, tiny_config.data.labels = str(table), ("light", "odd")
+    tiny_config.data.val_fraction = 0.5  # five groups with and without each label, as 'youden' needs
+    found = {}
+    for rule in ("youden", "half"):
+        tiny_config.train.thresholds = rule
+        train.train(tiny_config, tmp_path / rule)
+        found[rule] = report.read_predictions(tmp_path / rule / "predictions_test.csv")
+    np.testing.assert_array_equal(found["youden"].probabilities, found["half"].probabilities)
+    how = decision.read(tmp_path / "youden")
+    assert 0.5 not in how.thresholds
+    assert decision.read(tmp_path / "half").thresholds == (0.5, 0.5)
+    for rule, thresholds in (("youden", how.thresholds), ("half", (0.5, 0.5))):
+        np.testing.assert_array_equal(found[rule].decided, found[rule].probabilities >= thresholds)
+
+
+@pytest.mark.parametrize("name", ["brier", "loss"])
+def test_the_best_checkpoint_by_a_metric_of_which_less_is_better(tiny_config, tmp_path, name):
+    tiny_config.train.best_metric, tiny_config.train.epochs, tiny_config.train.lr = name, 4.0, 0.3
+    summary = train.train(tiny_config, tmp_path / "run")
+    values = {e["step"]: e[name] for e in lines(tmp_path / "run") if e["split"] == "val"}
+    assert len(set(values.values())) == 4
+    assert summary["best_step"] == min(values, key=values.get) != max(values)
 
 
 def test_class_weights():
@@ -265,6 +319,7 @@ def test_work_directory_of_another_run_or_of_no_run(tiny_config, tmp_path, monke
         ("train.trainable", "haed", "train.trainable='haed' matches no parameter"),
         ("train.trainable", "(", "no regex"),
         ("train.best_metric", "auc", "did you mean 'auroc'?"),
+        ("train.best_metric", "hamming", "train.best_metric='hamming'"),
         ("lora.targets", "blocks_9", "lora.targets matches no linear layer of the model; layers are blocks_0/attn/key"),
         ("model.pretrained", "nowhere/at/all", "nowhere/at/all"),
         ("augment.speckle", 2.0, "augment.speckle = 2.0: must lie in 0..1"),
@@ -279,6 +334,17 @@ def test_bad_settings_are_refused_before_the_work_directory_is_made(
     tiny_config.update_from_flattened_dict({key: value})
     assert message in refused(tiny_config, tmp_path / "run", monkeypatch)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["auroc", "average_precision", "recall_macro"])
+def test_a_best_metric_that_validation_cannot_give_is_refused(tiny_config, image_folder, tmp_path, monkeypatch, name):
+    rows = [f"{p.parent.name}/{p.name},{p.parent.name}" for p in sorted(image_folder.rglob("*.png"))]
+    splits = [["train", "test", "val"][i % 3] if "light" not in row else "train" for i, row in enumerate(rows)]
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label,split\n" + "".join(f"{row},{s}\n" for row, s in zip(rows, splits, strict=True)))
+    tiny_config.data.table, tiny_config.train.best_metric = str(table), name
+    message = refused(tiny_config, tmp_path / "run", monkeypatch)
+    assert f"{name!r} is not defined: in the validation split every image or none is 'light'" in message
 
 
 def test_a_damaged_image_is_named_before_training(tiny_config, image_folder, tmp_path, monkeypatch):
