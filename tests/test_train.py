@@ -11,6 +11,7 @@ from support import lines, trained
 
 from vitft_jax import config as configs
 from vitft_jax import data, decision, evaluate, metrics, report, run, step, train, tree
+from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
 
 
