@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,14 @@ def load(path: str, overrides: Sequence[str] = ()) -> Config:
     if spec is None or spec.loader is None:
         raise InputError(f"--config {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
+    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no __pycache__ beside a user's file
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
     except (Exception, SystemExit) as error:  # whatever a user's file raises
         raise InputError(f"--config {path}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.dont_write_bytecode = writes
     if not isinstance(config, Config):
         raise InputError(f"--config {path}: get_config() returned {type(config).__name__}; return a ConfigDict")
     override(config, overrides)
