@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -29,9 +28,6 @@ _processes.set_forkserver_preload(["deaths"])
 
 
 def kill():
-    """Writes the reader processes that there are to `readers`, and ends this process as the out-of-memory killer does."""
-    readers = [process.pid for process in multiprocessing.active_children()]
-    Path(f"{sys.argv[1]}.readers").write_text(json.dumps(readers))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -42,12 +38,6 @@ def terminate():
 def fill():
     """From now on no file can grow beyond 4,000 bytes, so an array cannot be written: what a full disk is to a program."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
-
-
-def kill_readers():
-    for process in multiprocessing.active_children():
-        process.kill()
-        process.join()
 
 
 def run(config, folder, point="", nth=0, action=kill, delay=0.0):
@@ -65,7 +55,6 @@ def run(config, folder, point="", nth=0, action=kill, delay=0.0):
 
 def _run(config, folder, point, nth, action, delay):
     os.dup2(os.open(f"{folder}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    sys.argv = ["train", folder]
     runtime.start()
     metrics.RESAMPLES = 20
     vit.VARIANTS["tiny_test"] = TINY

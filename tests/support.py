@@ -105,3 +105,8 @@ def trained(workdir):
 def lines(workdir):
     """The entries of a run's log."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def largest(folder):
+    """The largest file in a folder: in a checkpoint, one that holds numbers."""
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)

@@ -8,6 +8,8 @@ these are read. The two newest checkpoints are kept, so that one is left where t
 """
 
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ from vitft_jax.errors import InputError, MachineError
 from vitft_jax.sharding import ONE_DEVICE, Layout
 from vitft_jax.step import State
 
-logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file it writes
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it writes, and what it then raises too
 
 
 class Checkpoints:
@@ -110,7 +112,7 @@ class Checkpoints:
                 digest.write(self._folder / str(step))
         except (OSError, ValueError) as error:
             raise MachineError(
-                f"{self._folder}: the checkpoint of step {step} could not be written ({str(error).splitlines()[0]}). "
+                f"{self._folder}: the checkpoint of step {step} could not be written ({_reason(error)}). "
                 "Make room or mend the disk; the same command then goes on from the checkpoint before"
             ) from error
 
@@ -157,6 +159,13 @@ class Checkpoints:
 def _steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that Orbax has finished writing."""
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, which stands at the end of a long message."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    return str(error).splitlines()[0]
 
 
 def _first_alone(work: Callable[[], None]) -> None:

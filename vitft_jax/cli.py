@@ -74,7 +74,9 @@ def main(command: Callable[[], None]) -> None:
     except InputError as error:
         _end(2, f"error: {error}")
     except MachineError as error:
-        _end(74, f"error: {error}")
+        _say(f"error: {error}")
+        sys.stdout.flush()
+        os._exit(74)  # an orderly end would wait, for ever on a full disk, for what still tries to write
     except Preempted as end:
         _end(75, str(end))
     except KeyboardInterrupt:
@@ -98,6 +100,10 @@ def main(command: Callable[[], None]) -> None:
 
 
 def _end(code: int, message: str) -> None:
-    """Ends the process. Names from outside may hold control characters, which would command the terminal."""
-    print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message), file=sys.stderr)
+    _say(message)
     sys.exit(code)
+
+
+def _say(message: str) -> None:
+    """Prints on standard error. Names from outside may hold control characters, which would command the terminal."""
+    print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message), file=sys.stderr, flush=True)

@@ -21,7 +21,6 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from vitft_jax import metrics, processes
 from vitft_jax.data import Dataset
@@ -250,7 +249,7 @@ def heat_map(path: Path, values: Mapping[str, float], title: str) -> None:
 
 def print_results(title: str, splits: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
     """Prints a table of metrics with their intervals, a column per split."""
-    table = Table(title=Text(title), title_justify="left")  # as it stands: markup in a name would be obeyed
+    table = Table(title=title, title_justify="left")
     table.add_column("metric")
     for split in splits:
         table.add_column(f"{split} (95 % CI)", justify="right")

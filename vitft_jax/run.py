@@ -357,6 +357,12 @@ class Folder:
     """A run folder."""
 
     def __init__(self, path: Path) -> None:
+        """Names the files in `path`; raises InputError if Orbax could not keep checkpoints there."""
+        if pattern := set("*?[") & set(str(path.absolute())):
+            raise InputError(
+                f"run folder {path.absolute()}: checkpoints cannot lie below a name with {min(pattern)!r}, which Orbax takes for "
+                "a pattern; choose another"
+            )
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"

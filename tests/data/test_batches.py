@@ -2,6 +2,11 @@ import dataclasses
 import functools
 import itertools
 import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -11,7 +16,7 @@ from vitft_jax.data.augment import augment
 from vitft_jax.data.batches import eval_batches, steps_per_epoch, train_batches
 from vitft_jax.data.images import ImageFiles, resize
 from vitft_jax.data.sources import load
-from vitft_jax.errors import InputError
+from vitft_jax.errors import InputError, MachineError
 
 ALL = {"crop": 0.5, "flip": 0.5, "rotate": 10.0, "gain": 0.2, "contrast": 0.2, "speckle": 0.3, "tgc": 0.3}
 MIXED = ALL | {"mixup": 0.8, "cutmix": 1.0}
@@ -183,6 +188,45 @@ def test_worker_processes_give_the_same_batches_and_errors(train, dataset, folde
     fresh = train()
     fresh.set_state(there.get_state())  # a run may go on with another number of workers
     assert same(here[3:], take(fresh, 1))
+
+
+def test_a_worker_that_is_killed_is_reported(train):
+    batches = train(workers=1)
+    next(batches)
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+    with pytest.raises(MachineError, match=r"a process that reads images died .*data\.workers=1"):
+        take(batches, 10)  # some were read ahead
+    batches.close()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks Linux which processes there are")
+def test_workers_end_with_their_parent_and_outlive_a_signal_to_both(config, knobs):
+    program = """
+import json, multiprocessing, os, sys
+from ml_collections import ConfigDict
+from vitft_jax.data import load, train_batches
+
+config, augment = (ConfigDict(group) for group in json.loads(sys.argv[1]))
+batches = train_batches(load(config, 0), batch_size=2, image_size=16, fit="squash", augment=augment, seed=0, workers=1)
+next(batches)
+reader = multiprocessing.active_children()[0]
+os.kill(reader.pid, 15)
+for _ in range(9):
+    next(batches)
+print(reader.pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    groups = json.dumps([config.to_dict(), knobs().to_dict()])
+    parent = subprocess.run([sys.executable, "-c", program, groups], stdout=subprocess.PIPE, text=True, check=False)
+    assert parent.returncode == -9
+    stat = Path(f"/proc/{int(parent.stdout)}/stat")
+    for _ in range(100):
+        if not stat.exists() or ") Z" in stat.read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("it lives on")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 24])
