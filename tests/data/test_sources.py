@@ -303,7 +303,8 @@ def test_only_one_class_folder(folder, config):
         load(config, 0)
 
 
-def test_links_to_images_elsewhere_are_fine(folder, config, tmp_path, write_image):
+def test_links_to_images_elsewhere_are_taken_where_they_are_trusted(folder, config, tmp_path, write_image):
+    config.links = True
     write_image(tmp_path / "store.png", 1)
     (folder / "cyst" / "link.png").symlink_to(tmp_path / "store.png")
     assert "cyst/link.png" in load(config, 0).names
