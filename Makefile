@@ -26,8 +26,8 @@ demo: .venv/installed  ## fine-tunes the bundled weights on generated ultrasound
 test: .venv/installed  ## core tests
 	$(PYTEST) -m 'not interop and not slow'
 
-test-slow: .venv/installed  ## tests that take minutes: a run killed at twenty random moments
-	$(PYTEST) -m slow
+test-slow: .venv/installed  ## tests that take minutes: meshes and processes, a run killed at twenty random moments
+	$(PYTEST) --dist loadfile -m slow
 
 test-interop: .venv/installed-interop  ## parity with torch, transformers, peft and timm
 	$(PYTEST) -m interop

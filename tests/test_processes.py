@@ -46,6 +46,7 @@ def together(*arguments):
     return codes, first
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_one_device(monkeypatch, tmp_path):
     monkeypatch.setitem(vit.VARIANTS, "meshes_tiny", TINY)
     one_device = {method: meshes.trained(method, tmp_path, "one") for method in METHODS}
@@ -63,6 +64,7 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_as_one_of_a_single_process(tiny_config, tmp_path):
     tiny_config.methods = ("lora",)
     tiny_config.train.batch_size, tiny_config.train.epochs = 8, 3.0

@@ -207,6 +207,7 @@ def trained(tmp_path_factory):
     return {(line["method"], line["mesh"]): line for line in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "mesh"), [*itertools.product(METHODS, EIGHT), *itertools.product(ALL, ("all",))])
 def test_losses_are_those_of_one_device(trained, method, mesh):
     one, many = trained[method, "one"], trained[method, mesh]
@@ -220,22 +221,26 @@ def test_losses_are_those_of_one_device(trained, method, mesh):
     assert many["compilations"] == 1 or mesh == "data"  # which is compiled by hand, to look into it
 
 
+@pytest.mark.slow
 def test_adalora_pruned_on_the_way(trained):
     mask = np.array(trained["adalora", "one"]["mask"])
     assert mask.sum() == 2 * len(mask) < mask.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_examples_are_not_sent_around(trained, method):
     """Gradients and a few scalars are summed; nothing is gathered: not in products, attention, int8 or the choice of tokens."""
     assert {kind for _, kind in trained[method, "data"]["collectives"]} == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_a_product_sums_the_gradient_of_its_kernel_once_and_sends_nothing_else(trained):
     ((result, kind),) = trained["product", "data"]["collectives"]
     assert (kind, re.sub(r"\{.*\}", "", result)) == ("all-reduce", "f32[32,64]")
 
 
+@pytest.mark.slow
 def test_bytes_of_the_frozen_base_fall_as_the_number_of_devices(trained):
     """By the memory analysis of the compiled step. Leaves of one dimension stay whole, and so they are counted."""
     sizes = {name: 4 * math.prod(shape) for name, shape in trained["memory", "one"]["frozen"].items()}
@@ -247,6 +252,7 @@ def test_bytes_of_the_frozen_base_fall_as_the_number_of_devices(trained):
     assert trained["memory", "fsdp"]["state"] < trained["memory", "data"]["state"] / 4
 
 
+@pytest.mark.slow
 def test_variables_are_cut_as_the_rules_say(trained):
     def cut(mesh):
         return {name: (tuple(whole), tuple(here)) for name, (_, whole, here) in trained["lora", mesh]["layout"].items()}
