@@ -10,8 +10,8 @@ varies too little.
 
 How often 95 % intervals covered the truth in 400 to 600 simulated sets of three classes, one to four images a group: of 30 or
 60 groups 93 to 97 % for accuracy, F1, AUROC, Brier score and their like, also where one class has a tenth of the groups
-(92 to 96 %); of 15 groups 89 to 97 %; where the model is nearly perfect (AUROC 0.995), 90 to 97 %. Sensitivity and precision of a
-class of 5 groups cover more than they should, up to 100 %. The calibration error's cover 73 to 89 %: read them as a hint.
+(92 to 96 %); of 15 groups 89 to 97 %; where the model is nearly perfect (AUROC 0.995), 90 to 97 %. Sensitivity and precision of
+a class of 5 groups cover more than they should, up to 100 %. The calibration error's cover 73 to 89 %: read them as a hint.
 """
 
 import math
