@@ -21,6 +21,8 @@ def cell(summaries: list[dict[str, Any]], split: str, metric: str) -> str:
     if len(found) == 1:
         return report.interval(found[0], metric)
     values = [item["value"] for item in found]
+    if None in values:
+        return f"undefined: {metrics.why_undefined(metric)}"
     return f"{statistics.mean(values):.3f} [{min(values):.3f} to {max(values):.3f}]"
 
 

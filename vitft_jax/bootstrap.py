@@ -7,6 +7,11 @@ Intervals are BCa intervals (Efron 1987, doi:10.1080/01621459.1987.10478410): pe
 bias of these and for the change of their spread with the truth. The level is that at which a normal interval with the plain
 standard deviation has the width of Student's (Hesterberg 2015, arXiv:1411.5279, section 5.3), as a resample of few groups
 varies too little.
+
+How often 95 % intervals covered the truth in 400 to 600 simulated sets of three classes, one to four images a group: of 30 or
+60 groups 93 to 97 % for accuracy, F1, AUROC, Brier score and their like, also where one class has a tenth of the groups
+(92 to 96 %); of 15 groups 89 to 97 %; where the model is nearly perfect (AUROC 0.995), 90 to 97 %. Sensitivity and precision of
+a class of 5 groups cover more than they should, up to 100 %. The calibration error's cover 73 to 89 %: read them as a hint.
 """
 
 import math
