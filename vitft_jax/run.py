@@ -245,8 +245,8 @@ class Folder:
         """Names the files in `path`; raises InputError if Orbax could not keep checkpoints there."""
         if pattern := set("*?[") & set(str(path.absolute())):
             raise InputError(
-                f"run folder {path.absolute()}: checkpoints cannot lie below a name with {min(pattern)!r}, which Orbax takes for "
-                "a pattern; choose another"
+                f"run folder {path.absolute()}: checkpoints cannot lie below a name with {min(pattern)!r}, which Orbax takes "
+                "for a pattern; choose another"
             )
         self.path = path
         self.checkpoints = path / "checkpoints"
