@@ -46,10 +46,10 @@ def together(*arguments):
     return codes, first
 
 
-def test_losses_are_those_of_one_device(monkeypatch, tmp_path):
+def test_losses_are_those_of_one_device(monkeypatch):
     monkeypatch.setitem(vit.VARIANTS, "meshes_tiny", TINY)
-    one_device = {method: meshes.trained(method, tmp_path, "one") for method in METHODS}
-    codes, said = together("meshes.py", f"{','.join(METHODS)}:fsdp", f"--states={tmp_path}")
+    one_device = {method: meshes.trained(method, "one") for method in METHODS}
+    codes, said = together("meshes.py", f"{','.join(METHODS)}:fsdp")
     assert codes == [0, 0]
     found = {line["method"]: line for line in map(json.loads, said.splitlines())}
     assert set(found) == set(METHODS)

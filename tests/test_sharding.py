@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec, SingleDeviceSharding
-from meshes import FORCED
 from support import tiny, virtual_devices
 
 from vitft_jax import config as configs
@@ -194,10 +193,9 @@ def on_eight(*arguments):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained():
     lines = on_eight(
         "meshes.py",
-        f"--states={tmp_path_factory.mktemp('states')}",
         f"{','.join(METHODS)}:one,{','.join(EIGHT)}",
         f"{','.join(ALL[1:])}:one",
         f"{','.join(ALL)}:all",
@@ -213,8 +211,6 @@ def test_losses_are_those_of_one_device(trained, method, mesh):
     assert len(one["losses"]) == 20
     np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
     assert one["losses"][-1] < 0.95 * one["losses"][0]
-    if method in FORCED:
-        np.testing.assert_allclose(many["grad_norms"], one["grad_norms"], rtol=1e-5)
     assert many["mask"] == one["mask"]
     assert (one["mask"] is not None) == (method == "adalora")
     assert many["compilations"] == 1 or mesh == "data"  # which is compiled by hand, to look into it
