@@ -2,11 +2,13 @@
 
 import errno
 import os
+import sys
 
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from support import largest
 
 from vitft_jax.checkpoint import Checkpoints
@@ -115,3 +117,33 @@ def test_what_the_system_says_is_passed_on(tmp_path, monkeypatch):
         with pytest.raises(MachineError, match=rf"step 2 could not be written \({os.strerror(errno.ENOSPC)}\)"):
             checkpoints.save(state(2), {"best_step": 1}, [2])
     assert newest(tmp_path) == 1
+
+
+def test_writes_that_end_after_the_first_failed_say_nothing(tmp_path, monkeypatch, capsys):
+    """TensorStore tells the hook of an error in what it calls when a write has ended."""
+
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state(1), {"best_step": None}, None)
+        assert sys.unraisablehook is sys.__unraisablehook__
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        with pytest.raises(MachineError):
+            checkpoints.save(state(2), {"best_step": None}, None)
+    end_writes(RuntimeError("Event loop is closed"))
+    assert capsys.readouterr().err == ""
+    end_writes(RuntimeError("something else"))
+    assert "something else" in capsys.readouterr().err
+
+
+def end_writes(error):
+    """A write ends, and what it calls raises."""
+
+    def call(_):
+        raise error
+
+    promise, future = ts.Promise.new()
+    future.add_done_callback(call)
+    promise.set_result(None)

@@ -14,7 +14,6 @@ from pathlib import Path
 import meshes
 import numpy as np
 import pytest
-from meshes import FORCED
 from support import TINY, virtual_devices
 
 from vitft_jax import config as configs
@@ -48,14 +47,13 @@ def together(*arguments):
 
 
 @pytest.mark.slow
-def test_losses_are_those_of_one_device(monkeypatch, tmp_path):
+def test_losses_are_those_of_one_device(monkeypatch):
     monkeypatch.setitem(vit.VARIANTS, "meshes_tiny", TINY)
-    exact = [method for method in METHODS if method not in FORCED]  # see test_sharding for those that round to integers
-    one_device = {method: meshes.trained(method, tmp_path, "one") for method in exact}
-    codes, said = together("meshes.py", f"{','.join(exact)}:fsdp", f"--states={tmp_path}")
+    one_device = {method: meshes.trained(method, "one") for method in METHODS}
+    codes, said = together("meshes.py", f"{','.join(METHODS)}:fsdp")
     assert codes == [0, 0]
     found = {line["method"]: line for line in map(json.loads, said.splitlines())}
-    assert set(found) == set(exact)
+    assert set(found) == set(METHODS)
     for method, line in found.items():
         one = one_device[method]
         np.testing.assert_allclose(line["losses"], one["losses"], rtol=1e-5, err_msg=method)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec, SingleDeviceSharding
-from meshes import FORCED
 from support import tiny, virtual_devices
 
 from vitft_jax import config as configs
@@ -24,6 +23,7 @@ P = PartitionSpec
 METHODS = ("full", "lora", "adalora", "skip", "qat")
 EIGHT = ("data", "fsdp", "model")
 ALL = ("lora", "dora", "static", "int8")  # with everything at once: FSDP, tensor parallelism and micro-batches
+ROUNDED = "qat in float32"
 
 
 def config_of(*names, **quant):
@@ -194,41 +194,37 @@ def on_eight(*arguments):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained():
     lines = on_eight(
         "meshes.py",
-        f"--states={tmp_path_factory.mktemp('states')}",
         f"{','.join(METHODS)}:one,{','.join(EIGHT)}",
         f"{','.join(ALL[1:])}:one",
         f"{','.join(ALL)}:all",
+        f"{ROUNDED}:one,data",
         "memory:one,fsdp 2,fsdp 4,fsdp,data",
         "product:data",
     )
     return {(line["method"], line["mesh"]): line for line in lines}
 
 
-def combination(method, mesh):
-    open_ = pytest.mark.xfail(
-        strict=False, reason="an activation near the middle of two integers may round the other way"
-    )
-    return pytest.param(method, mesh, marks=[open_] * (method in (*FORCED, "int8")))
-
-
-COMBINATIONS = [*itertools.product(METHODS, EIGHT), *itertools.product(ALL, ("all",))]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "mesh"), [combination(*pair) for pair in COMBINATIONS])
+@pytest.mark.parametrize(
+    ("method", "mesh"), [*itertools.product(METHODS, EIGHT), *itertools.product(ALL, ("all",))]
+)
 def test_losses_are_those_of_one_device(trained, method, mesh):
     one, many = trained[method, "one"], trained[method, mesh]
     assert len(one["losses"]) == 20
     np.testing.assert_allclose(many["losses"], one["losses"], rtol=1e-5)
     assert one["losses"][-1] < 0.95 * one["losses"][0]
-    if method in FORCED:
-        np.testing.assert_allclose(many["grad_norms"], one["grad_norms"], rtol=1e-5)
     assert many["mask"] == one["mask"]
     assert (one["mask"] is not None) == (method == "adalora")
     assert many["compilations"] == 1 or mesh == "data"  # which is compiled by hand, to look into it
+
+
+@pytest.mark.slow
+def test_in_float32_a_turned_integer_moves_a_loss_a_little(trained):
+    """What `DOUBLE` of meshes.py leaves out: AQT's product, and the numbers that users see."""
+    np.testing.assert_allclose(trained[ROUNDED, "data"]["losses"], trained[ROUNDED, "one"]["losses"], rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -238,7 +234,7 @@ def test_adalora_pruned_on_the_way(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, ROUNDED])
 def test_examples_are_not_sent_around(trained, method):
     """Gradients and a few scalars are summed; nothing is gathered: not in products, attention, int8 or the choice of tokens."""
     assert {kind for _, kind in trained[method, "data"]["collectives"]} == {"all-reduce"}

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,7 @@ class Checkpoints:
             MachineError: It could not be written.
         """
         step = int(state.step)
+        hook, sys.unraisablehook = sys.unraisablehook, _late_writes_aside
         try:
             self._manager.save(
                 step,
@@ -110,6 +112,7 @@ class Checkpoints:
             )
             if processes.first():
                 digest.write(self._folder / str(step))
+            sys.unraisablehook = hook
         except (OSError, ValueError) as error:
             raise MachineError(
                 f"{self._folder}: the checkpoint of step {step} could not be written ({_reason(error)}). "
@@ -159,6 +162,12 @@ class Checkpoints:
 def _steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that Orbax has finished writing."""
     return sorted(int(path.name) for path in folder.glob("[0-9]*") if path.name.isdigit())
+
+
+def _late_writes_aside(unraisable: Any) -> None:
+    """Where one write fails Orbax closes its event loop, and TensorStore prints a traceback for each that ends after it."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _reason(error: Exception) -> str:

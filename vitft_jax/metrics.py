@@ -189,7 +189,7 @@ def _ranked(score: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> tuple[
 
 def _ece(confidence: np.ndarray, right: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Expected calibration error `(R,)`: mean over images of the gap in their bin of confidence `(n,)`."""
-    place = np.minimum((confidence * ECE_BINS).astype(int), ECE_BINS - 1)
+    place = np.minimum(np.floor(confidence * ECE_BINS), ECE_BINS - 1)
     member = place[:, None] == np.arange(ECE_BINS)
     return np.abs((member * (right - confidence)[:, None]).T @ weights).sum(axis=0) / weights.sum(axis=0)
 
