@@ -33,6 +33,7 @@ class Here:
         pass
 
 
+@pytest.mark.slow
 def test_a_table_and_a_picture_of_two_runs(tiny_config, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(vit.VARIANTS, "tiny_test", {**TINY, "depth": 3})
     monkeypatch.setattr(contest, "Contestant", Here)

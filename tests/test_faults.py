@@ -184,6 +184,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run(tiny_config, tmp_path
         train.train(tiny_config, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_going_back_with_smaller_steps(config, tmp_path, monkeypatch, capsys):
     config.train.nan_retries = 2
     with monkeypatch.context() as patched:

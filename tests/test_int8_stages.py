@@ -16,6 +16,7 @@ def accuracy(workdir):
         return np.mean([row["true"] == row["predicted"] for row in csv.DictReader(file)])
 
 
+@pytest.mark.slow
 def test_a_table_over_two_seeds_that_quantises_once(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setitem(vit.VARIANTS, "tiny_test", TINY)
     tiny_config.methods = ("lora",)

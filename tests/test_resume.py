@@ -29,6 +29,7 @@ def dropout(config):
     return config
 
 
+@pytest.mark.slow
 def test_killed_in_evaluation_and_while_a_checkpoint_is_written(config, tmp_path):
     checkpoints = tmp_path / "cut" / "checkpoints"
 
@@ -76,7 +77,7 @@ def test_killed_at_twenty_random_moments(config, tmp_path):
     assert runs >= 2  # both kinds
 
 
-@pytest.mark.parametrize("method", ["adalora", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("adalora", marks=pytest.mark.slow), "lora"])
 def test_sigterm_finishes_the_step_and_goes_on_there(config, tmp_path, monkeypatch, method):
     config = config if method == "adalora" else dropout(config)
     config.train.batch_size = 2  # nine steps an epoch

@@ -59,10 +59,11 @@ def test_checkpoints_hold_what_trains_and_nothing_else(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("method", "cut"),
     [
-        ("lora", "between epochs"),
         ("lora", "within an epoch"),
-        ("dora", "within an epoch"),
-        ("pissa", "within an epoch"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("lora", "between epochs"), ("dora", "within an epoch"), ("pissa", "within an epoch"))
+        ),
     ],
 )
 def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch, method, cut):
@@ -224,6 +225,7 @@ def test_a_skipping_run_reports_its_flops_and_draws_what_it_keeps(tiny_config, t
         assert picture.height > picture.width  # two rows with a title each
 
 
+@pytest.mark.slow
 def test_warm_up_trains_in_stairs_and_an_interrupted_one_ends_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch):
     tiny_config.methods = ("lora", "skip")
     tiny_config.skip.layers, tiny_config.skip.drop_ratio, tiny_config.skip.warmup = (0,), (0.9,), 0.67

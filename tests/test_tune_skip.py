@@ -17,6 +17,7 @@ def script(pytestconfig):
     return module
 
 
+@pytest.mark.slow
 def test_it_evaluates_the_grid_as_evaluate_does_and_leaves_the_run_alone(script, tiny_config, tmp_path, capsys):
     tiny_config.methods = ("lora",)
     tiny_config.train.epochs = 1.0

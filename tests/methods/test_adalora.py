@@ -377,6 +377,7 @@ def test_report_counts_what_is_active_and_refuses_what_is_not_frozen():
 # A run
 
 
+@pytest.mark.slow
 def test_a_run_cut_while_ranks_fall_ends_as_if_it_had_not_been(tiny_config, tmp_path, monkeypatch, capsys):
     tiny_config.methods = ("adalora",)
     tiny_config.train.epochs = 4.0  # 12 steps: 1 with all ranks, the last allocation at 7
