@@ -1,0 +1,112 @@
+"""Graphs of tiny models in ONNX Runtime against the models themselves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support import init, tiny
+
+from vitft_jax import onnx_graph, quantizer, tree
+from vitft_jax.methods import quant
+from vitft_jax.methods.skip import Skip, Split
+from vitft_jax.vit import ViT
+
+pytestmark = pytest.mark.interop
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+SKIPS = {
+    "pruned": (Split(0, 0.4), Split(1, 0.5)),
+    "rejoins": (Split(0, 0.4, rejoin=3),),
+    "nested": (Split(0, 0.3, rejoin=3), Split(1, 0.5, rejoin=2)),
+    "rejoins after the last": (Split(1, 0.4, rejoin=4),),
+    "one is kept": (Split(0, 0.0, keep=1),),
+    "none leaves": (Split(0, 0.0),),
+}
+
+
+def pixels(n=5):
+    return np.random.default_rng(1).integers(0, 256, (n, 16, 16, 3), np.uint8)
+
+
+def said(model, variables, images):
+    normalised = (images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    return np.asarray(jax.jit(model.apply)(variables, normalised))
+
+
+def session(model, variables, **options):
+    proto = onnx_graph.build(model, variables, 16, MEAN, STD, **options)
+    onnx.checker.check_model(proto, full_check=True)
+    return ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]), proto
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"distilled": True},
+        {"distilled": True, "dist_head": False},
+        {"layer_scale": True, "features": "cls+mean"},
+        {"features": "mean", "eps": 1e-12},
+        *({"depth": 4, "features": "cls+mean", "select": Skip(splits)} for splits in SKIPS.values()),
+        {"depth": 4, "distilled": True, "select": Skip(SKIPS["nested"])},
+        {"depth": 4, "select": Skip((Split(0, 0.4), Split(1, 0.5)), fuse=True)},
+    ],
+    ids=str,
+)
+def test_float_logits_are_ours_for_any_number_of_images(changes):
+    model = tiny(**changes)
+    variables = init(model)
+    run, _ = session(model, variables)
+    for n in (1, 5):
+        logits, probabilities = run.run(None, {"images": pixels(n)})
+        wanted = said(model, variables, pixels(n))
+        np.testing.assert_allclose(logits, wanted, atol=1e-4)
+        np.testing.assert_allclose(probabilities, jax.nn.softmax(wanted), atol=1e-5)
+
+
+def test_temperature_labels_and_what_the_file_says_of_itself():
+    model = tiny()
+    variables = init(model)
+    run, proto = session(model, variables, temperature=2.0, multilabel=True, metadata={"classes": ["a", "ä"], "n": 1})
+    _, probabilities = run.run(None, {"images": pixels()})
+    np.testing.assert_allclose(probabilities, jax.nn.sigmoid(said(model, variables, pixels()) / 2), atol=1e-5)
+    assert run.get_modelmeta().custom_metadata_map == {"classes": '["a", "\\u00e4"]', "n": "1"}
+    assert [(i.name, i.shape, i.type) for i in run.get_inputs()] == [("images", ["batch", 16, 16, 3], "tensor(uint8)")]
+    assert not proto.graph.initializer[0].name.startswith("Constant")
+
+
+def quantised(settings, **changes):
+    """A tiny int8 model and its variables."""
+    float_model = tiny(**changes)
+    variables = init(float_model)
+    params = tree.flatten(variables["params"])
+    model = float_model.clone(dot_general_cls=quant_cls(settings))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    filled = {"params": variables["params"], quant.COLLECTION: shapes[quant.COLLECTION]}
+    paths = quant.layers(filled)
+    kernels = {path: quantizer.quantise_kernel(params[f"{path}/kernel"], settings.bits) for path in paths}
+    # Those of one input share a range, as `vitft_jax.quantize` finds it.
+    bounds = {path: jnp.float32(2.0 + ("out" in path) + 0.5 * ("fc2" in path)) for path in paths}
+    return model, quant.insert(filled, kernels, bounds if settings.static else None)
+
+
+def quant_cls(settings):
+    config = type("Config", (), {})
+    return quant.partial(quant.QuantDot, settings, lambda: jax.lax.dot_general, name="quant")
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({}, 1e-4), ({"static": True}, 1e-4), ({"weight_only": True}, 1e-4), ({"bits": 4}, 1e-4)],
+    ids=str,
+)
+@pytest.mark.parametrize("changes", [{}, {"layer_scale": True, "depth": 3, "select": Skip((Split(0, 0.4),))}], ids=str)
+def test_int8_logits_are_ours(options, tolerance, changes):
+    settings = quant.Settings(base="int8", **options)
+    model, variables = quantised(settings, **changes)
+    run, proto = session(model, variables, settings=settings)
+    logits, _ = run.run(None, {"images": pixels(8)})
+    np.testing.assert_allclose(logits, said(model, variables, pixels(8)), atol=tolerance)
+    kernels = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if t.name.endswith("/kernel")}
+    assert {name.split("/")[0] for name, kernel in kernels.items() if kernel.dtype != np.int8} == {"embed", "head"}
