@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import seeds
 
-from vitft_jax import bootstrap, cli, metrics, report, runtime
+from vitft_jax import cli, runtime
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.ptq.recipe import Recipe
 from vitft_jax.quantize import Options, quantize
@@ -38,30 +38,6 @@ STAGES = {
 """Rows of the table; the fourth is what vitft_jax.quantize does by default."""
 
 
-def pooled_change(before: Sequence[Path], after: Sequence[Path], metric: str) -> dict[str, float]:
-    """Change of a metric on the test split, mean over the seeds, with its interval: ``{value, low, high}``.
-
-    Raises:
-        InputError: The runs of a seed have other test images.
-    """
-    read = [[report.read_predictions(run / "predictions_test.csv") for run in runs] for runs in (before, after)]
-    pairs = list(zip(*read, strict=True))
-    for (old, new), run in zip(pairs, after, strict=True):
-        if old.names != new.names:
-            raise InputError(f"{run}: its test images are not those of its float run; give the runs in the same order")
-    ends = np.cumsum([len(old.names) for old, _ in pairs])
-
-    def change(weights: np.ndarray) -> dict[str, np.ndarray]:
-        found = []
-        for (old, new), of_seed in zip(pairs, np.split(weights, ends[:-1]), strict=True):
-            difference = metrics.paired(old.probabilities, new.probabilities, old.labels, (old.decided, new.decided))
-            found.append(difference(of_seed)[metric])
-        return {metric: np.mean(found, axis=0)}
-
-    groups = [group for old, _ in pairs for group in old.groups]
-    return bootstrap.bootstrap(change, groups, metrics.RESAMPLES)[metric]
-
-
 def row(name: str, before: Sequence[Path], after: Sequence[Path]) -> str:
     """A line of the table: `after` against `before`, seed by seed."""
     summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in after]
@@ -76,7 +52,7 @@ def row(name: str, before: Sequence[Path], after: Sequence[Path]) -> str:
     if before == after:
         cells += ["", "", "", cell(lambda s: (s["bytes"]["trainable"] + s["bytes"]["frozen"]) / 1e6, ".1f")]
     else:
-        moved = pooled_change(before, after, "accuracy")
+        moved = seeds.pooled_change(before, after)["accuracy"]
         cells += [
             f"{100 * moved['value']:+.1f} ({100 * moved['low']:+.1f} to {100 * moved['high']:+.1f})",
             cell(lambda s: 100 * s["method"]["compared"]["test"]["agreement"], ".1f"),

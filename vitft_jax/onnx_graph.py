@@ -1,4 +1,4 @@
-"""A trained model as an ONNX graph: uint8 pixels in, probabilities out, with token skipping and int8 products where it has them.
+"""A trained model as an ONNX graph: uint8 pixels in, probabilities out; with token skipping and int8 products where it has.
 
 The graph is written node by node and holds what a runtime needs and no more. What is linear and constant is folded: mean and
 standard deviation into the patch embedding, the softmax scale into the queries, LayerScale into the layer before it; and the
@@ -237,7 +237,9 @@ class _Writer:
             if (both := key.beside(value)) is not None:
                 k, v = split(self.linear(x, both, f"{name}/attn/kv"), 2)
             else:
-                (k,), (v,) = (split(self.linear(x, y, f"{name}/attn/{n}"), 1) for n, y in (("key", key), ("value", value)))
+                (k,), (v,) = (
+                    split(self.linear(x, y, f"{name}/attn/{n}"), 1) for n, y in (("key", key), ("value", value))
+                )
         scores = g.add("MatMul", q, g.add("Transpose", k, perm=[0, 1, 3, 2]))
         attention = g.add("Softmax", scores, axis=-1)
         y = g.add("Transpose", g.add("MatMul", attention, v), perm=[0, 2, 1, 3])
@@ -290,9 +292,7 @@ class _Writer:
         if m.distilled and m.dist_head:
             heads.append(("head_dist", g.add("Squeeze", g.slice(x, 1, 2, 1), g.shape(1))))
         share = 1 / len(heads)
-        found = [
-            self.linear(y, Linear(p[f"{name}/kernel"], p[f"{name}/bias"]).times(share), name) for name, y in heads
-        ]
+        found = [self.linear(y, Linear(p[f"{name}/kernel"], p[f"{name}/bias"]).times(share), name) for name, y in heads]
         return found[0] if len(found) == 1 else g.add("Add", *found)
 
 
@@ -361,7 +361,9 @@ def build(
     if settings is not None and settings.attention:
         raise InputError("int8 attention has no ONNX form here; quantise the run without --attention and export that")
     params = {name: np.asarray(leaf) for name, leaf in tree.flatten(variables["params"]).items()}
-    writer = _Writer(model, params, layers_of(model, variables, settings), settings is not None and settings.weight_only)
+    writer = _Writer(
+        model, params, layers_of(model, variables, settings), settings is not None and settings.weight_only
+    )
     g = writer.graph
     x = writer.embed(INPUT, mean, std, size)
     stream = _Stream((size // model.patch) ** 2)

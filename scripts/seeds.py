@@ -1,0 +1,64 @@
+"""What runs of several seeds say together: means over the seeds, with an interval of that mean.
+
+Groups of images are resampled jointly in all seeds, so an interval says how far the mean would vary with other images of
+this kind; how far single seeds lie apart is another matter, for which stands their range.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vitft_jax import bootstrap, metrics, report
+from vitft_jax.errors import InputError
+from vitft_jax.report import Predictions
+
+
+def pooled(runs: Sequence[Path], split: str = "test") -> dict[str, dict[str, float]]:
+    """Metrics of a split, mean over the seeds, each with its interval: ``{metric: {value, low, high}}``.
+
+    Raises:
+        InputError: The predictions of a run are missing or damaged.
+    """
+    read = [report.read_predictions(run / f"predictions_{split}.csv") for run in runs]
+
+    def of(one: Predictions, weights: np.ndarray) -> Mapping[str, np.ndarray]:
+        values = metrics.weighted(one.probabilities, one.decided, one.labels, weights)
+        return {name: values[name] for name in metrics.names(one.multilabel)}
+
+    return _bootstrap(read, lambda i, weights: of(read[i], weights))
+
+
+def pooled_change(before: Sequence[Path], after: Sequence[Path], split: str = "test") -> dict[str, dict[str, float]]:
+    """Changes of metrics from runs to others on the same images, seed by seed: mean over the seeds, as `pooled`.
+
+    Raises:
+        InputError: The runs of a seed have other images; or as `pooled`.
+    """
+    read = [[report.read_predictions(run / f"predictions_{split}.csv") for run in runs] for runs in (before, after)]
+    pairs = list(zip(*read, strict=True))
+    for (old, new), run in zip(pairs, after, strict=True):
+        if old.names != new.names:
+            raise InputError(
+                f"{run}: its {split} images are not those of its float run; give the runs in the same order"
+            )
+
+    def of(i: int, weights: np.ndarray) -> Mapping[str, np.ndarray]:
+        old, new = pairs[i]
+        return metrics.paired(old.probabilities, new.probabilities, old.labels, (old.decided, new.decided))(weights)
+
+    return _bootstrap(read[0], of)
+
+
+def _bootstrap(
+    read: Sequence[Predictions], of: Callable[[int, np.ndarray], Mapping[str, np.ndarray]]
+) -> dict[str, dict[str, float]]:
+    """Means over seeds of what `of` says of a seed under weights of its images."""
+    ends = np.cumsum([len(one.names) for one in read])
+
+    def mean(weights: np.ndarray) -> dict[str, np.ndarray]:
+        found = [of(i, part) for i, part in enumerate(np.split(weights, ends[:-1]))]
+        return {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
+
+    groups = [group for one in read for group in one.groups]
+    return bootstrap.bootstrap(mean, groups, metrics.RESAMPLES)
