@@ -12,7 +12,7 @@ A sweep is a TOML file:
 
     title = "LoRA: rank"                # of the table and the figure
     metrics = ["accuracy", "f1_macro"]  # default: the headline metrics of the task
-    x = "lora.rank"                     # draws metrics against this key; without it, bars for each arm
+    x = "lora.rank"                     # draws metrics against this key; without it, a point for each arm
 
     [base]                              # of every run: the file of its config, and keys of it
     config = "configs/lora.py"
@@ -91,7 +91,7 @@ class Sweep:
     Attributes:
         title: Of tables and figure.
         metrics: To show; () = the headline metrics of the task.
-        x: Key of the grid that the figure has along its axis; '' = bars for each arm.
+        x: Key of the grid that the figure has along its axis; '' = a point for each arm.
         jobs: In the order in which they run.
     """
 

@@ -1,6 +1,6 @@
 """What the runs of a sweep say: results.csv, results.md and figure.png in its folder.
 
-A row of results.md, and a point or bar of the figure, is the mean over the seeds; its 95 % interval is that of the mean, over
+A row of results.md, and a point of the figure, is the mean over the seeds; its 95 % interval is that of the mean, over
 other images, see `seeds`. The dots beside it are the seeds.
 """
 
@@ -97,15 +97,16 @@ def _figure(
     each: Mapping[str, Mapping[str, float | None]],
     shown: Sequence[str],
 ) -> Figure:
-    """A panel for each metric: lines against `Sweep.x`, or a bar for each row."""
+    """A panel for each metric: lines against `Sweep.x`, or a point for each row."""
     columns = min(2, len(shown))
     figure = Figure(figsize=(5.2 * columns, 3.4 * math.ceil(len(shown) / columns)), layout="constrained")
-    figure.suptitle(sweep.title)
+    told = "test split; mean over seeds with the 95 % interval over images; small dots are seeds"
+    figure.suptitle(f"{sweep.title}\n{told}", x=0.01, ha="left", fontsize="medium")
     panels = figure.subplots(math.ceil(len(shown) / columns), columns, squeeze=False).ravel()
     for panel in panels[len(shown) :]:
         panel.remove()
     for panel, name in zip(panels, shown, strict=False):
-        draw = _lines if sweep.x else _bars
+        draw = _lines if sweep.x else _points
         draw(
             panel,
             sweep,
@@ -161,7 +162,7 @@ def _lines(
         panel.legend(fontsize="small")
 
 
-def _bars(
+def _points(
     panel: Axes,
     sweep: Sweep,
     rows: Mapping[Row, Sequence[Job]],
@@ -169,9 +170,7 @@ def _bars(
     each: Mapping[str, float | None],
 ) -> None:
     for i, (row, jobs) in enumerate(rows.items()):
-        panel.bar(i, pooled[row]["value"], color=f"C{i % 10}", alpha=0.6)
-        panel.errorbar(i, pooled[row]["value"], np.transpose([_ends(pooled[row])]), color="black", capsize=4)
-        panel.plot([i + 0.2] * len(jobs), [each[job.name] for job in jobs], ".", color="black", alpha=0.5)
+        panel.errorbar(i, pooled[row]["value"], np.transpose([_ends(pooled[row])]), marker="o", capsize=4, color="C0")
+        panel.plot([i + 0.15] * len(jobs), [each[job.name] for job in jobs], ".", color="C0", alpha=0.4)
     panel.set_xticks(range(len(rows)), [_label(row, "") for row in rows], rotation=30, ha="right", fontsize="small")
-    lows = [value["low"] for value in pooled.values() if not math.isnan(value["low"])]
-    panel.set_ylim(bottom=max(0.0, 0.9 * min(lows, default=0.0)))  # bars from 0 would hide all differences
+    panel.set_xlim(-0.5, len(rows) - 0.5)
