@@ -30,6 +30,13 @@ TASKS = {  # task: contestants, ours first
     "full": ("ours", "transformers"),
     "adalora": ("ours", "lora", "peft"),  # step, all with rank 12 on query, key and value
     "int8": ("ours", "float", "torch", "onnx"),  # forward: int8 kernels, dynamic ranges; our float; peers' dynamic int8
+    "export": (
+        "dynamic",
+        "static",
+        "float32",
+        "jax",
+        "onnx",
+    ),  # our ONNX graphs in ONNX Runtime; our int8 in JAX; its own
     "int8_lora": ("ours", "float"),  # LoRA step over an int8 and over a float base
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
@@ -213,17 +220,50 @@ def onnx_peer(model: Any, images: Any) -> Work:
     import tempfile
     from pathlib import Path
 
-    import onnxruntime
     import torch
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     folder = Path(tempfile.mkdtemp())
     torch.onnx.export(model, (images,), folder / "float.onnx", dynamo=False)
     quantize_dynamic(folder / "float.onnx", folder / "int8.onnx", weight_type=QuantType.QInt8, per_channel=True)
+    return onnx_session(folder / "int8.onnx", images.numpy())
+
+
+def exported(name: str, options: argparse.Namespace) -> Work:
+    """Our ONNX graph in ONNX Runtime with its defaults: float32, or int8 with dynamic or static ranges."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vitft_jax import quantizer, tree, vit
+    from vitft_jax.export import onnx_graph
+    from vitft_jax.methods import quant
+
+    size = options.size
+    model = vit.ViT(**vit.VARIANTS[options.model], classes=CLASSES)
+    params = tree.flatten(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"])
+    settings, ranges = quant.Settings(base="int8", static=name == "static"), {}
+    for path in [n.removesuffix("/kernel") for n in params if n.endswith("/kernel")]:
+        if name != "float32" and settings.converts(path):
+            params[f"{path}/kernel"], scale = quantizer.quantise_kernel(params[f"{path}/kernel"])
+            ranges |= {f"{path}/quant/scale": scale, f"{path}/quant/bound": jnp.float32(4.0)}
+    variables = {"params": tree.unflatten(params), quant.COLLECTION: tree.unflatten(ranges)}
+    proto = onnx_graph.build(
+        model, variables, size, (0.5,) * 3, (0.5,) * 3, settings=None if name == "float32" else settings
+    )
+    return onnx_session(
+        proto.SerializeToString(), np.random.default_rng(0).integers(0, 255, (options.batch, size, size, 3), np.uint8)
+    )
+
+
+def onnx_session(model: Any, images: Any) -> Work:
+    """A step of ONNX Runtime."""
+    import onnxruntime
+
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = len(os.sched_getaffinity(0))
-    session = onnxruntime.InferenceSession(folder / "int8.onnx", settings, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: images.numpy()}
+    session = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: images}
     return lambda: session.run(None, feed)
 
 
@@ -350,6 +390,10 @@ def contestant(task: str, name: str, options: argparse.Namespace) -> Work:
         return default_run(name, options)
     if task in ("attention", "gelu", "linear", "matmul"):
         return torch_layer(task, options) if name == "torch" else jax_layer(task, options, name == "autodiff")
+    if name in ("dynamic", "static", "float32"):
+        return exported(name, options)
+    if name == "jax":
+        return ours("int8", "ours", options)
     mine = name in ("ours", "float", "lora", *SKIP)
     return ours(task, name, options) if mine else torch_peer(task, name, options)
 
@@ -404,7 +448,7 @@ def main() -> None:
             arguments.error(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
     if options.serve:
         task, name = options.tasks[0], options.serve
-        tidy = release if name in ("ours", "float", "lora", *SKIP) else lambda: None
+        tidy = release if name in ("ours", "float", "lora", "jax", *SKIP) else lambda: None
         return serve({task: contestant(task, name, options)}, steps=options.turns, tidy=tidy)
 
     versions = {

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from support import init, tiny
 
-from vitft_jax import onnx_graph, quantizer, tree
+from vitft_jax import quantizer, tree
+from vitft_jax.export import onnx_graph
 from vitft_jax.methods import quant
 from vitft_jax.methods.skip import Skip, Split
 

@@ -25,6 +25,7 @@ from vitft_jax.vit import ViT
 OPSET, IR_VERSION = 20, 10
 INPUT, OUTPUTS = "images", ("logits", "probabilities")
 _N = int(quantizer.edge(8))  # 127, the largest integer
+_ZERO = 128  # of activations as uint8, for which processors have instructions beside int8; ONNX Runtime is slow without
 _END = 2**62  # of a slice to the end
 
 
@@ -140,7 +141,11 @@ class _Writer:
             return g.add("Add", g.add("MatMul", x, kernel, name=name), bias)
         if layer.bound is None and not self.weight_only:
             integers, scale = self._per_token(x)
-            sums = g.add("Cast", g.add("MatMulInteger", integers, kernel, name=name), to=_TYPES["float32"])
+            sums = g.add(
+                "Cast",
+                g.add("MatMulInteger", integers, kernel, g.constant(_ZERO, np.uint8), name=name),
+                to=_TYPES["float32"],
+            )
             scales = g.constant(layer.scale, np.float32, f"{name}/scale")
             return g.add("Add", g.add("Mul", g.add("Mul", sums, scale), scales), bias)
         scale = g.constant(layer.scale, np.float32, f"{name}/scale")
@@ -152,7 +157,7 @@ class _Writer:
         return g.add("Add", g.add("MatMul", self._static(x, layer.bound), kernel, name=name), bias)
 
     def _per_token(self, x: str) -> tuple[str, str]:
-        """Integers of tokens, and their scales `(B, N, 1)`; see `quantizer`."""
+        """Integers of tokens with `_ZERO` added, and their scales `(B, N, 1)`; see `quantizer`."""
         if (x, None) not in self._quantised:
             g = self.graph
             largest = g.add("ReduceMax", g.add("Abs", x), g.shape(-1), keepdims=1)
@@ -160,7 +165,8 @@ class _Writer:
             scale = g.add("Mul", g.add("Max", largest, least), g.number(1 / quantizer.edge(8)))
             scaled = g.add("Mul", x, g.add("Reciprocal", scale))
             rounded = g.add("Round", g.add("Clip", scaled, g.number(-_N), g.number(_N)))
-            self._quantised[x, None] = g.add("Cast", rounded, to=_TYPES["int8"]), scale
+            integers = g.add("Cast", g.add("Add", rounded, g.number(_ZERO)), to=_TYPES["uint8"])
+            self._quantised[x, None] = integers, scale
         return self._quantised[x, None]
 
     def _static(self, x: str, bound: float) -> str:
