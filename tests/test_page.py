@@ -119,7 +119,7 @@ def test_a_page_says_what_the_run_wrote_down(tmp_path, pictures, multilabel):
         sensitivity = values["sensitivity"]
         assert f"{name} {values['images']} {sensitivity['value']:.3f}" in parsed.text
     for told in (
-        "2 pairs of images are the same and 3 nearly the same, and lie in different splits",
+        "Pairs of images in different splits: 2 the same, 3 nearly the same.",
         "1,000", "100 (10.00 %)", "3.2 GFLOPs, 80 % of that with all tokens", "12.5 images/s",
         "not measured", "1 min 15 s", "abab", "somewhere/weights", "2 x a processor", "jax 0.0",
         "60 test images in 30 groups", "Not a medical device and not validated clinically",
@@ -193,7 +193,7 @@ def test_control_characters_and_halves_of_surrogates_can_be_written():
     assert markup.text("a\x00\x1b[2J\ud800<") == "a\ufffd\ufffd[2J?&lt;"
 
 
-def test_undefined_metrics_are_said_and_not_zero(tmp_path):
+def test_undefined_metrics_and_groups_of_one_image_are_said(tmp_path):
     path = folders.write(tmp_path / "run")
     summary = json.loads((path / "summary.json").read_text())
     nothing = {"value": None, "low": None, "high": None}
@@ -201,7 +201,11 @@ def test_undefined_metrics_are_said_and_not_zero(tmp_path):
     summary["metrics"]["test"]["accuracy"] = {"value": 0.75, "low": None, "high": None}
     summary["per_class"]["test"]["normal"]["auroc"] = nothing
     (path / "summary.json").write_text(json.dumps(summary))
+    assert "Every image is a group of its own" not in rendered(path).text
+    table = (path / "split.csv").read_text()
+    (path / "split.csv").write_text(re.sub(r"(images/(\d+)\.png,\w+),g\d+", r"\1,g\2", table))
     parsed = rendered(path)
+    assert "Every image is a group of its own" in parsed.text
     assert "AUROC undefined a class is absent" in parsed.text  # the tile
     assert "AUROC undefined: a class is absent" in parsed.text  # the table
     assert "Precision, mean over classes undefined: a class is never decided" in parsed.text

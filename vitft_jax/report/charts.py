@@ -31,7 +31,7 @@ _COLOURS = {_INK: "currentColor", _SOFT: "var(--soft)", _RULE: "var(--rule)"} | 
 }
 _DASHES = ((), (6, 2), (2, 2), (8, 2, 2, 2))  # so that lines differ without colours too
 _WIDTH = 5.0  # inches of 72 points: 360 units of the SVG, as wide as a telephone
-_FONT = 11  # points
+_FONT = 12  # points
 _MOST_POINTS = 400  # of a line
 
 

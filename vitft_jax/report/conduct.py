@@ -80,6 +80,7 @@ def data(record: Record) -> Html:
     """What the run learned from and was judged on."""
     settings = record.config.data
     source = settings.path or settings.name or "generated images (phantom)"
+    said = "Some images occur in two splits, see above." if _apart(record) else words.duplicates(record.summary)
     table_ = join(", table ", outside(settings.table)) if settings.table else None
     return join(
         tag(
@@ -89,8 +90,7 @@ def data(record: Record) -> Html:
             f"; images are {settings.image_size} pixels square to the model ({settings.fit}).",
         ),
         split_table(record),
-        _groups(record),
-        _duplicates(record),
+        tag("p", said or "Whether images occur in two splits is not recorded.", class_="note"),
     )
 
 
@@ -121,23 +121,21 @@ def single_groups(record: Record) -> bool:
     return bool(record.counts) and all(c.groups == c.images for c in record.counts.values())
 
 
-def _groups(record: Record) -> Html | None:
-    if not single_groups(record):
-        return None
-    return tag(
-        "p",
-        "Every image is a group of its own. If patients have several images, give the data a column group: the splits may "
-        "share patients otherwise, results look better than they are, and intervals are too narrow.",
-        class_="box warn",
-    )
+def warnings(record: Record) -> Html:
+    """What makes results look better than they are, as far as the run knows."""
+    boxes = []
+    if _apart(record):
+        boxes.append(words.duplicates(record.summary))
+    if single_groups(record):
+        boxes.append(
+            "Every image is a group of its own. If patients have several images, give the data a column group: the splits may "
+            "share patients otherwise, results look better than they are, and intervals are too narrow."
+        )
+    return join(tag("div", tag("p", said), class_="box warn") for said in boxes)
 
 
-def _duplicates(record: Record) -> Html:
-    said = words.duplicates(record.summary)
-    found = record.summary.get("duplicates_across_splits")
-    if found and any(found.values()):
-        return tag("div", tag("p", said), class_="box warn")
-    return tag("p", said or "Whether images occur in two splits is not recorded.", class_="note")
+def _apart(record: Record) -> bool:
+    return any((record.summary.get("duplicates_across_splits") or {}).values())
 
 
 def cost(record: Record) -> Html:

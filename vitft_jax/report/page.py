@@ -120,6 +120,7 @@ def _head(found: Record) -> Html:
             class_="lead",
         ),
         tag("div", tag("p", NOT_A_DEVICE), class_="box"),
+        conduct.warnings(found),
     )
 
 
