@@ -104,6 +104,6 @@ def duplicates(summary: Mapping[str, Any]) -> str:
     if not any(found.values()):
         return "No image was found in two splits (compared by pixels)."
     return (
-        f"Pairs of images in different splits: {found['exact']} the same, {found['near']} nearly the same. Results may look better "
-        "than they are; python -m vitft_jax.check_data shows the pairs."
+        f"Pairs of images in different splits: {found['exact']} the same, {found['near']} nearly the same. Results may look "
+        "better than they are; python -m vitft_jax.check_data shows the pairs."
     )
