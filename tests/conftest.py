@@ -12,6 +12,7 @@ from support import TINY
 
 from vitft_jax import config as configs
 from vitft_jax import metrics, runtime, vit
+from vitft_jax.report import page
 
 runtime.start()
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -39,6 +40,17 @@ def focus() -> Path:
 def few_resamples(monkeypatch):
     """Bootstrap intervals of a tiny run need no precision."""
     monkeypatch.setattr(metrics, "RESAMPLES", 20)
+
+
+@pytest.fixture
+def reports():
+    """For tests in which commands write their report: elsewhere it would take longer than the tiny training before it."""
+
+
+@pytest.fixture(autouse=True)
+def no_reports(request, monkeypatch):
+    if "reports" not in request.fixturenames:
+        monkeypatch.setattr(page, "after", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

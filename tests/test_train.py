@@ -15,14 +15,14 @@ from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
 
 
-def test_a_lora_run_learns_and_writes_what_the_contract_says(tiny_config, tmp_path, capsys):
+def test_a_lora_run_learns_and_writes_what_the_contract_says(tiny_config, tmp_path, capsys, reports):
     tiny_config.methods = ("lora",)
     tiny_config.train.epochs = 6.0
     summary = train.train(tiny_config, tmp_path / "run")
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
         "config.json", "run.json", "split.csv", "metrics.jsonl", "summary.json", "checkpoints",
-        "predictions_val.csv", "predictions_test.csv", "decision.json",
+        "predictions_val.csv", "predictions_test.csv", "decision.json", "report.html", "MODEL_CARD.md",
     }  # fmt: skip
     assert summary["metrics"]["test"]["accuracy"]["value"] >= 0.8  # brightness alone tells the classes apart
     assert summary == json.loads((folder / "summary.json").read_text())

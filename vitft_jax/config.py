@@ -302,8 +302,13 @@ def from_json(text: str) -> Config:
 
 def differences(a: Config, b: Config) -> list[str]:
     """Keys in which two configs differ, each with both values."""
+    return [f"{key}: {there!r} there, {here!r} here" for key, there, here in changes(a, b)]
+
+
+def changes(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """Keys in which two configs differ: key, value in the first, value in the second; None where one lacks it."""
     left, right = _flat(a), _flat(b)
-    return [f"{k}: {left.get(k)!r} there, {right.get(k)!r} here" for k in left | right if left.get(k) != right.get(k)]
+    return [(key, left.get(key), right.get(key)) for key in left | right if left.get(key) != right.get(key)]
 
 
 def _flat(config: Config) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Evaluates the best checkpoint of a run on a split of its data.
 
 Prints metrics with 95 % bootstrap intervals (resampled by group), writes `predictions_<split>.csv`, and updates the split's
-metrics in `summary.json`. Probabilities are those after temperature scaling, and labels are decided at the thresholds, that
-the end of training fitted on the validation split (`decision.json`), so numbers of that split are a little too good.
+metrics in `summary.json`, and `report.html`. Probabilities are those after temperature scaling, and labels are decided at the
+thresholds, that the end of training fitted on the validation split (`decision.json`), so numbers of that split are a little
+too good.
 
 A run can also be evaluated under other settings than it was trained with, where they need no other parameters: such as token
 skipping on a model that was trained with all tokens, `--config.methods=lora,skip --config.skip.drop_ratio=0.5`. Results then
@@ -23,6 +24,7 @@ from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
+from vitft_jax.report import page
 from vitft_jax.run import Built, Folder, build, resolve
 
 
@@ -185,6 +187,7 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
             summary.setdefault(part, {})[split] = value
         report.write_json(folder.summary, summary)
     figures.draw(path, built.program, trainable, built.frozen, dataset, config)
+    page.after(workdir, dataset)
     return results["metrics"]
 
 

@@ -30,6 +30,7 @@ from vitft_jax.ptq import simulate
 from vitft_jax.ptq.recipe import Recipe
 from vitft_jax.ptq.recipe import run as quantise
 from vitft_jax.ptq.simulate import Layer
+from vitft_jax.report import page
 from vitft_jax.step import Program, State
 
 
@@ -151,6 +152,7 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
         comparison = {split: _compare(source.dataset, before[split], after[split]) for split in results}
         summary = {
             **by_part(results),
+            **_of_source(source.folder),
             "best_step": source.step,
             "method": {
                 "source": str(workdir.resolve()),
@@ -180,7 +182,14 @@ def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
         shutil.rmtree(part, ignore_errors=True)
         raise
     _print(output, summary)
+    page.after(output, source.dataset)
     return report.finite(summary)
+
+
+def _of_source(folder: run.Folder) -> dict[str, Any]:
+    """What the summary of the float run says of the data, if it is there yet."""
+    known = folder.results() if folder.summary.exists() else {}
+    return {key: known[key] for key in ("duplicates_across_splits",) if key in known}
 
 
 def _check(output: Path, options: Options) -> None:

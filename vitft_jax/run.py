@@ -1,9 +1,9 @@
 """A run: the folder that holds it, and the program and variables that a config stands for.
 
 A run folder holds `config.json` (resolved), `run.json` (what came from outside: weights, classes), `split.csv` (which image
-is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv`, `decision.json` (temperature, thresholds) and
-`checkpoints/`; also `figures/` where there is something to draw, and `evaluations/` where the run was evaluated under other
-settings.
+is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv`, `decision.json` (temperature, thresholds),
+`checkpoints/`, `report.html` and `MODEL_CARD.md`; also `figures/` where there is something to draw, and `evaluations/` where
+the run was evaluated under other settings.
 """
 
 import csv

@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained Vision Transformer on labelled images.
 
-Writes a run folder: resolved config, metrics, checkpoints (newest and best), predictions, summary and figures. The same
+Writes a run folder: resolved config, metrics, checkpoints (newest and best), predictions, summary, figures and report. The same
 command goes on where an interrupted run stopped, to the same result to the bit; after SIGTERM from the very step.
 """
 
@@ -38,6 +38,7 @@ from vitft_jax.evaluate import by_part, evaluate_split, fit_decision, outputs
 from vitft_jax.lock import Lock
 from vitft_jax.meter import LOG_EVERY, Meter
 from vitft_jax.preemption import Notice
+from vitft_jax.report import page
 
 
 def train(config: Config, workdir: Path) -> dict[str, Any]:
@@ -88,9 +89,12 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     if folder.summary.exists():  # the last thing that a run writes
         summary = folder.results()
         report.print_results(f"{workdir} is finished (best step {summary['best_step']})", summary["metrics"])
+        if not (workdir / page.FILE).exists():
+            page.after(workdir, dataset)
         return summary
 
-    if warning := duplicates.warning(dataset):
+    alike = duplicates.across(dataset)
+    if warning := duplicates.warning(dataset, alike):
         print(warning, flush=True)
     with Checkpoints(folder.checkpoints) as checkpoints:
         state, timing, halved = _fit_again(config, dataset, built, batches, folder, checkpoints)
@@ -108,6 +112,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     summary = report.finite(
         {
             **by_part(results),
+            "duplicates_across_splits": None if alike is None else duplicates.counts(alike),
             "best_step": best_step,
             "candidates_from_step": _ready_from(built),
             "method": told,
@@ -126,6 +131,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     report.write_json(folder.summary, summary)
     report.print_results(f"best checkpoint (step {best_step}) of {workdir}", summary["metrics"])
     report.print_calibration(summary["calibration"])
+    page.after(workdir, dataset)
     return summary
 
 

@@ -100,15 +100,21 @@ def dataset(arrays, splits):
     return Dataset(("a", "b"), False, names, np.arange(len(images)) % 2, names, tuple(splits), images)
 
 
+def said(found):
+    return duplicates.warning(found, duplicates.across(found))
+
+
 def test_the_warning_is_about_pairs_in_different_splits(monkeypatch):
     arrays = [scan(i) for i in range(20)] + [annotated(scan(2)), scan(3)]
-    assert duplicates.warning(dataset(arrays, ["train"] * 22)) == ""
-    said = duplicates.warning(dataset(arrays, ["train"] * 20 + ["test", "val"]))
-    assert "2 pairs of images are the same (1) or nearly the same (1)" in said
-    assert "3.png (train) = 21.png (val); 2.png (train) = 20.png (test). " in said
-    assert "vitft_jax.check_data" in said
+    assert said(dataset(arrays, ["train"] * 22)) == ""
+    apart = dataset(arrays, ["train"] * 20 + ["test", "val"])
+    assert duplicates.counts(duplicates.across(apart)) == {"exact": 1, "near": 1}
+    assert "2 pairs of images are the same (1) or nearly the same (1)" in said(apart)
+    assert "3.png (train) = 21.png (val); 2.png (train) = 20.png (test). " in said(apart)
+    assert "vitft_jax.check_data" in said(apart)
     monkeypatch.setattr(duplicates, "AT_START", 21)
-    assert duplicates.warning(dataset(arrays, ["train"] * 20 + ["test", "val"])) == ""
+    assert duplicates.across(apart) is None
+    assert said(apart) == ""
 
 
 def test_near_duplicates_of_busi(busi):

@@ -128,23 +128,34 @@ def _alike(vectors: np.ndarray) -> Iterable[tuple[int, int, float, bool]]:
             yield start + int(i), start + int(j), float(cosine), bool(mirrored[i, j])
 
 
-def warning(dataset: "Dataset") -> str:
-    """What to say at the start of training of duplicates that lie in different splits; '' if there is nothing to say.
+def across(dataset: "Dataset") -> list[Pair] | None:
+    """Pairs that lie in different splits; None where nothing is compared, as there are more images than AT_START.
 
-    The images must be readable. Nothing is compared where there are more than AT_START.
+    The images must be readable.
     """
     if len(dataset) > AT_START:
-        return ""
-    found = [p for p in pairs(fingerprints(dataset.images)) if dataset.splits[p.first] != dataset.splits[p.second]]
+        return None
+    found = pairs(fingerprints(dataset.images))
+    return [pair for pair in found if dataset.splits[pair.first] != dataset.splits[pair.second]]
+
+
+def counts(found: Sequence[Pair]) -> dict[str, int]:
+    """How many pairs are the same, and how many nearly so."""
+    exact = sum(pair.kind == "exact" for pair in found)
+    return {"exact": exact, "near": len(found) - exact}
+
+
+def warning(dataset: "Dataset", found: Sequence[Pair] | None) -> str:
+    """What to say at the start of training of what `across` found; '' if there is nothing to say."""
     if not found:
         return ""
-    exact = sum(pair.kind == "exact" for pair in found)
+    count = counts(found)
     listed = "; ".join(
         f"{dataset.names[p.first]} ({dataset.splits[p.first]}) = {dataset.names[p.second]} ({dataset.splits[p.second]})"
         for p in found[:3]
     )
     return (
-        f"warning: {len(found)} pairs of images are the same ({exact}) or nearly the same ({len(found) - exact}) and lie in "
-        f"different splits, so results may look better than they are: {listed}{' ...' if len(found) > 3 else ''}. "
+        f"warning: {len(found)} pairs of images are the same ({count['exact']}) or nearly the same ({count['near']}) and lie "
+        f"in different splits, so results may look better than they are: {listed}{' ...' if len(found) > 3 else ''}. "
         "python -m vitft_jax.check_data with the same --config shows them"
     )
