@@ -4,9 +4,9 @@ The graph is written node by node and holds what a runtime needs and no more. Wh
 standard deviation into the patch embedding, the softmax scale into the queries, LayerScale into the layer before it; and the
 projections of one input are one product. int8 kernels stay the integers that training or `vitft_jax.quantize` chose:
 
-- static ranges: QuantizeLinear and DequantizeLinear around MatMul (QDQ), which runtimes fuse into an int8 product;
-- a scale per token: MatMulInteger of integers that the graph computes from the values at hand;
-- kernels only: MatMul, and the scales after it.
+- activations are rounded between QuantizeLinear and DequantizeLinear around MatMul (QDQ), which runtimes fuse into an int8
+  product; with static ranges that is all, with a scale per token the graph divides by it before and multiplies after;
+- where kernels alone are integers: MatMul, and the scales after it.
 """
 
 import json
@@ -139,45 +139,37 @@ class _Writer:
         bias = g.constant(bias, np.float32, f"{name}/bias")
         if layer.scale is None:
             return g.add("Add", g.add("MatMul", x, kernel, name=name), bias)
-        if layer.bound is None and not self.weight_only:
-            integers, scale = self._per_token(x)
-            sums = g.add(
-                "Cast",
-                g.add("MatMulInteger", integers, kernel, g.constant(_ZERO, np.uint8), name=name),
-                to=_TYPES["float32"],
-            )
-            scales = g.constant(layer.scale, np.float32, f"{name}/scale")
-            return g.add("Add", g.add("Mul", g.add("Mul", sums, scale), scales), bias)
         scale = g.constant(layer.scale, np.float32, f"{name}/scale")
         if self.weight_only:  # DequantizeLinear here would have ONNX Runtime round x too
             x = g.add("MatMul", x, g.add("Cast", kernel, to=_TYPES["float32"]), name=name)
             return g.add("Add", g.add("Mul", x, scale), bias)
         zeros = g.constant(np.zeros(len(layer.scale)), np.int8, f"{name}/zero")
-        kernel = g.add("DequantizeLinear", kernel, scale, zeros, axis=1)
-        return g.add("Add", g.add("MatMul", self._static(x, layer.bound), kernel, name=name), bias)
+        integers, of_tokens = self.quantised(x, layer.bound)
+        y = g.add("MatMul", integers, g.add("DequantizeLinear", kernel, scale, zeros, axis=1), name=name)
+        return g.add("Add", g.add("Mul", y, of_tokens) if of_tokens else y, bias)
 
-    def _per_token(self, x: str) -> tuple[str, str]:
-        """Integers of tokens with `_ZERO` added, and their scales `(B, N, 1)`; see `quantizer`."""
-        if (x, None) not in self._quantised:
-            g = self.graph
-            largest = g.add("ReduceMax", g.add("Abs", x), g.shape(-1), keepdims=1)
-            least = g.number(1e-30)  # where all are 0
-            scale = g.add("Mul", g.add("Max", largest, least), g.number(1 / quantizer.edge(8)))
-            scaled = g.add("Mul", x, g.add("Reciprocal", scale))
-            rounded = g.add("Round", g.add("Clip", scaled, g.number(-_N), g.number(_N)))
-            integers = g.add("Cast", g.add("Add", rounded, g.number(_ZERO)), to=_TYPES["uint8"])
-            self._quantised[x, None] = integers, scale
-        return self._quantised[x, None]
+    def quantised(self, x: str, bound: float | None) -> tuple[str, str]:
+        """Tokens rounded, as QuantizeLinear and DequantizeLinear leave them, and what they are still to be multiplied by.
 
-    def _static(self, x: str, bound: float) -> str:
-        """Tokens as integers of a static range stand for them."""
+        With a static range nothing is left; else the scales of the tokens, `(B, N, 1)`, as a runtime's int8 product takes no
+        scale for each row. See `quantizer`.
+        """
         if (x, bound) not in self._quantised:
-            g = self.graph
-            scale, zero = g.number(bound / quantizer.edge(8)), g.constant(0, np.int8)
-            least = g.number(-_N * bound / quantizer.edge(8))  # QuantizeLinear alone goes on to -128
-            integers = g.add("QuantizeLinear", g.add("Max", x, least), scale, zero)
-            self._quantised[x, bound] = g.add("DequantizeLinear", integers, scale, zero), ""
-        return self._quantised[x, bound][0]
+            g, of_tokens = self.graph, ""
+            scale = g.number(1)
+            if bound is None:
+                largest = g.add("ReduceMax", g.add("Abs", x), g.shape(-1), keepdims=1)
+                least = g.number(1e-30)  # where all are 0
+                of_tokens = g.add("Mul", g.add("Max", largest, least), g.number(1 / quantizer.edge(8)))
+                values = g.add("Mul", x, g.add("Reciprocal", of_tokens))
+            else:
+                values, scale = x, g.number(bound / quantizer.edge(8))
+            # QuantizeLinear alone goes on to -128.
+            lowest = g.number(-_N if bound is None else -_N * bound / quantizer.edge(8))
+            zero = g.constant(_ZERO, np.uint8)
+            integers = g.add("QuantizeLinear", g.add("Max", values, lowest), scale, zero)
+            self._quantised[x, bound] = g.add("DequantizeLinear", integers, scale, zero), of_tokens
+        return self._quantised[x, bound]
 
     def norm(self, x: str, name: str) -> str:
         """LayerNorm."""
