@@ -117,8 +117,7 @@ def planted(patch, depth):
 def test_peaks_at_the_patch_to_which_the_class_token_attends(depth):
     for patch in (0, 9):
         rows = rolled(*planted(patch, depth))[:, 1:]
-        assert (rows.argmax(axis=1) == patch).all()
-        assert (rows[:, patch] > 0.8 * rows.sum(axis=1)).all()
+        assert (rows[:, patch] > 5 * np.delete(rows, patch, axis=1).max(axis=1)).all()
 
 
 @pytest.mark.parametrize("name", SKIPS)

@@ -63,6 +63,8 @@ def look(workdir: Path, images: Path | None = None, output: Path | None = None, 
     """
     if images is not None and output is None:
         raise InputError(f"--images {images}: give --output too; the figures of the run itself are of its own images")
+    if images is not None and not images.exists():
+        raise InputError(f"--images {images}: there is no such file or folder")
     folder = Folder(workdir)
     output = output or folder.figures
     if output.exists() and not output.is_dir():
