@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -8,12 +10,15 @@ from vitft_jax.overlays import Overlay
 GREY = np.full((16, 16, 3), 90, np.uint8)
 
 
-def drawn(tmp_path, monkeypatch, *maps, **changes):
+TITLE = "what is drawn, and what it cannot show " * 4
+
+
+def drawn(tmp_path, monkeypatch, *maps, caption="a $name", **changes):
     """The figure, and the file as an array."""
     figures = []
     real = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), real(self, *a, **k)))
-    overlays.draw(tmp_path / "map.png", [Overlay(GREY, values, "a $name", **changes) for values in maps], "title")
+    overlays.draw(tmp_path / "map.png", [Overlay(GREY, values, caption, **changes) for values in maps], TITLE)
     assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
     return figures[0], np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))
 
@@ -56,7 +61,11 @@ def test_every_image_stands_beside_its_map_in_its_own_shape(tmp_path, monkeypatc
     assert "times the mean" in figure.axes[-1].get_ylabel()
 
 
-def test_a_long_name_is_cut_at_its_beginning(tmp_path, monkeypatch):
-    monkeypatch.setattr(overlays, "_LONGEST", 6)
-    figure, _ = drawn(tmp_path, monkeypatch, np.ones((2, 2)))
-    assert figure.axes[0].get_title(loc="left") == "...ame"
+def test_title_and_captions_fit_one_image_too(tmp_path, monkeypatch):
+    """A long name is cut at its beginning."""
+    figure, _ = drawn(tmp_path, monkeypatch, np.ones((2, 2)), caption=f"{'folder/' * 20}name.png")
+    assert re.fullmatch(r"\.\.\..*/name\.png", figure.axes[0].get_title(loc="left"))
+    for text in (figure._suptitle, figure.axes[0]._left_title):
+        box = text.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= figure.bbox.x1

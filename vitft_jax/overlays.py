@@ -1,6 +1,7 @@
 """Maps over images, such as those of attention and saliency: each image as it is, and beside it under its map."""
 
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def draw(path: Path, overlays: Sequence[Overlay], title: str) -> None:
     tallest = max(overlay.aspect for overlay in overlays)
     size = (2 * _INCH * pairs + 1, (_INCH * min(tallest, 2) + 0.5) * rows + 0.7)
     figure = Figure(figsize=size, layout="constrained", dpi=110)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(textwrap.fill(title, _LONGEST * pairs), fontsize=9)
     axes = figure.subplots(rows, 2 * pairs, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
