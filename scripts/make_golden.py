@@ -4,7 +4,7 @@
 
 Needs the extra `interop`. The file of a model of transformers or timm holds `config` (the library's config.json, as text),
 `tensor/<name>` as the library writes them, and `image/<size>` (NCHW) with `logits/<size>`. Size 16 is native; 24 and 12
-resample the positions. `adalora.npz` is described at `peft_adalora`, `skip.npz` at `skipping`.
+resample the positions. `adalora.npz` is described at `peft_adalora`, `skip.npz` at `skipping`, `rollout.npz` at `rollouts`.
 """
 
 import json
@@ -51,6 +51,13 @@ ADALORA = {  # of adalora.npz; tests/peft_names.py states the same settings in o
     "deltaT": 3,
     "total_step": 20,
     "target_modules": ["q_proj", "k_proj", "v_proj"],
+}
+
+ROLLED_OUT = {  # families in rollout.npz
+    "vit": transformers.ViTForImageClassification,
+    "deit": transformers.DeiTForImageClassification,
+    "deit_teacher": transformers.DeiTForImageClassificationWithTeacher,
+    "dinov2": transformers.Dinov2ForImageClassification,
 }
 
 SKIP = {"patch": 4, "width": 16, "depth": 4, "heads": 2, "hidden": 16, "classes": CLASSES}  # model of skip.npz
@@ -230,6 +237,37 @@ def skipping() -> dict[str, np.ndarray]:
     return arrays
 
 
+def rolled_out(family: str, tensors: dict, text: str, images: np.ndarray) -> np.ndarray:
+    """Attention roll-out of NCHW images, `(B, tokens)`, from the attention that transformers gives out."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(text)
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        model = ROLLED_OUT[family].from_pretrained(folder, attn_implementation="eager")
+    with torch.no_grad():
+        layers = model(torch.from_numpy(images), output_attentions=True).attentions
+    rolled = torch.eye(layers[0].shape[-1])
+    for layer in layers:
+        mixed = layer.mean(dim=1) + torch.eye(layer.shape[-1])
+        rolled = mixed / mixed.sum(dim=-1, keepdim=True) @ rolled
+    read = {
+        "vit": lambda: rolled[:, 0],
+        "deit": lambda: rolled[:, 0],
+        "deit_teacher": lambda: (rolled[:, 0] + rolled[:, 1]) / 2,
+        "dinov2": lambda: (rolled[:, 0] + rolled[:, 1:].mean(dim=1)) / 2,
+    }
+    return read[family]().numpy()
+
+
+def rollouts() -> dict[str, np.ndarray]:
+    """`<family>`: `rolled_out` of the models and images (of size 16) that stand in the golden files of these families."""
+    arrays = {}
+    for family in ROLLED_OUT:
+        with np.load(GOLDEN / f"{family}.npz", allow_pickle=False) as file:
+            tensors = {name.removeprefix("tensor/"): file[name] for name in file.files if name.startswith("tensor/")}
+            arrays[family] = rolled_out(family, tensors, str(file["config"]), file[f"image/{SIZES[0]}"])
+    return arrays
+
+
 def make() -> dict[str, Callable[[], tuple[dict, str, Callable]]]:
     """The families: name of the golden file to what makes it."""
     t = transformers
@@ -264,7 +302,7 @@ def with_logits(tensors: dict, config: str, logits: Callable) -> dict[str, np.nd
 def main() -> None:
     """Writes all files, or those named on the command line."""
     GOLDEN.mkdir(parents=True, exist_ok=True)
-    families, others = make(), {"adalora": peft_adalora, "skip": skipping}
+    families, others = make(), {"adalora": peft_adalora, "skip": skipping, "rollout": rollouts}
     for name in sys.argv[1:] or [*families, *others]:
         torch.manual_seed(zlib.crc32(name.encode()))
         arrays = others[name]() if name in others else with_logits(*families[name]())

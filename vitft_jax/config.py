@@ -19,7 +19,10 @@ from vitft_jax.errors import InputError, nearest
 
 Config = ml_collections.ConfigDict
 WHERE = ("mesh.", "remat")
-"""Beginnings of the keys that change where or how a run computes, not what: it may go on with others, on other devices."""
+"""Beginnings of the keys that change where or how a run computes, not what."""
+
+ON_RESUME = ("log.", *WHERE)
+"""Beginnings of the keys with which a run may go on that was started with others, such as on other devices."""
 
 AT_EVALUATION = ("methods", "skip.", "figures.", *WHERE)
 """Beginnings of the keys that change what is computed, not what was trained: a finished run can be evaluated with others."""
@@ -125,6 +128,10 @@ def default() -> Config:
     c.figures = f = Config()  # pictures of what a method does, such as the patches that skip, in RUN/figures
     f.count = 8  # images of the test split, evenly spread over it; 0 = none
     f.names = ()  # these images instead, by their path in the data
+
+    c.log = g = Config()  # where the numbers of training go besides RUN/metrics.jsonl, see loggers.py
+    g.tensorboard = False  # TensorBoard events in RUN/tensorboard; needs the extra `tensorboard`
+    g.wandb = ""  # project of Weights & Biases; '' = none; needs the extra `wandb`
 
     c.quant = q = Config()
     q.bits = 8  # of kernels: 8 or 4 (both stored in int8); activations have 8

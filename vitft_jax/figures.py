@@ -41,20 +41,22 @@ def draw(
         return
     indices = chosen(config, dataset)
     pictures = np.stack([data.resize(dataset.images[i], config.data.image_size, config.data.fit) for i in indices])
-    masks = jax.device_get(_masks(trainable, frozen, pictures, program))
+    masks = kept(tree.join(trainable, frozen), pictures, program)
     if not processes.first():
         return
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     sheet(pictures, masks, [dataset.names[i] for i in indices]).savefig(folder / "figures" / "patches.png", dpi=110)
 
 
-def _masks(trainable: Any, frozen: Any, pictures: np.ndarray, program: step.Program) -> dict[int, jax.Array]:
-    @jax.jit
-    def run(trainable: Any, frozen: Any, pictures: jax.Array) -> Mapping[int, jax.Array]:
-        images = step.normalise(program, pictures)
-        return program.layout.whole(program.method.patches(program.model, tree.join(trainable, frozen), images))
+def kept(variables: tree.Tree, pictures: np.ndarray, program: step.Program) -> dict[int, np.ndarray]:
+    """Which patches of pictures, uint8 `(B, S, S, 3)`, go on after a block: bool `(B, patches)` by block."""
 
-    return dict(run(trainable, frozen, pictures))
+    @jax.jit
+    def run(variables: tree.Tree, pictures: jax.Array) -> Mapping[int, jax.Array]:
+        images = step.normalise(program, pictures)
+        return program.layout.whole(program.method.patches(program.model, variables, images))
+
+    return jax.device_get(dict(run(variables, pictures)))
 
 
 def sheet(pictures: np.ndarray, masks: Mapping[int, np.ndarray], titles: list[str]) -> Figure:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vitft_jax import config as configs
-from vitft_jax import data, decision, run, step
+from vitft_jax import data, decision, run, step, tree
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
@@ -41,8 +41,11 @@ class Predictor:
     Attributes:
         classes: Names of the columns of the probabilities.
         multilabel: Whether an image has several labels.
+        program: What computes.
+        variables: Of its model.
         decision: How logits are read: the temperature and thresholds of the run.
         image_size: Side of the model's input in pixels.
+        fit: How an image becomes that square, see `data.resize`.
         batch_size: Images that the model sees at once; each new value compiles anew.
         step: Of the checkpoint.
     """
@@ -50,11 +53,21 @@ class Predictor:
     def __init__(self, config: Any, built: run.Built, trainable: Any, task: run.Task, how: Decision, at: int) -> None:
         """Takes what `load` read."""
         self._built, self._trainable = built, trainable
-        self._fit = config.data.fit
+        self.fit = config.data.fit
         self.classes, self.multilabel = task.classes, task.multilabel
         self.decision, self.step = how, at
         self.image_size = config.data.image_size
         self.batch_size = built.program.layout.rows(config.train.batch_size)
+
+    @property
+    def program(self) -> step.Program:
+        """See the attributes."""
+        return self._built.program
+
+    @property
+    def variables(self) -> tree.Tree:
+        """See the attributes."""
+        return tree.join(self._trainable, self._built.frozen)
 
     @property
     def max_side(self) -> int:
@@ -79,7 +92,7 @@ class Predictor:
                 )
             image = Image.fromarray(image)
         image = data.to_8_bit(ImageOps.exif_transpose(image), self.max_side)
-        return data.resize(image, self.image_size, self._fit)
+        return data.resize(image, self.image_size, self.fit)
 
     def probabilities(self, inputs: np.ndarray) -> np.ndarray:
         """Probabilities `(n, C)` of model inputs uint8 `(n, S, S, 3)`; the last batch is filled up with black."""
@@ -89,8 +102,7 @@ class Predictor:
             rows = inputs[start : start + size]
             batch = np.zeros((size, *inputs.shape[1:]), np.uint8)
             batch[: len(rows)] = rows
-            program = self._built.program
-            said = step.eval_step(self._trainable, frozen, program.layout.batch(batch), program=program)
+            said = step.eval_step(self._trainable, frozen, self.program.layout.batch(batch), program=self.program)
             logits.append(np.asarray(said)[: len(rows)])
         return self.decision.probabilities(np.concatenate(logits), self.multilabel)
 

@@ -382,7 +382,7 @@ class Folder:
         """
         if self.exists:
             differ = configs.differences(self.config(), config)
-            if other := [text for text in differ if not text.startswith(configs.WHERE)]:
+            if other := [text for text in differ if not text.startswith(configs.ON_RESUME)]:
                 raise InputError(
                     f"--workdir {self.path} holds another run; it differs in {'; '.join(other[:5])}. "
                     "Choose another --workdir, or delete this one"

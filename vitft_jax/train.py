@@ -21,6 +21,7 @@ from vitft_jax import (
     data,
     figures,
     flops,
+    loggers,
     metrics,
     optim,
     processes,
@@ -68,6 +69,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     dataset.images.check()
     _check_metric(config, dataset)
     figures.chosen(config, dataset)
+    loggers.check(config)
     built = run.build(config, dataset, source)
     layout = built.program.layout
     layout.check_batch(config.train.batch_size, config.train.accumulate)
@@ -199,7 +201,6 @@ def _fit(
     step.check_calibrated(built.program, state.trainable)
     first = done = int(state.step)
     program = built.program_at(done)
-    log = report.MetricsLog(folder.metrics, done)
     meter = Meter(config.train.batch_size, loop.pop("pending", ()))
 
     def check_finite(validation: float = 0.0) -> None:
@@ -216,7 +217,11 @@ def _fit(
                 loop["halved"],
             )
 
-    with report.Screen(built.total_steps, done) as screen, Notice() as notice:
+    with (
+        loggers.Log(config, folder.metrics, done) as log,
+        report.Screen(built.total_steps, done) as screen,
+        Notice() as notice,
+    ):
         while done < built.total_steps and not loop["stopped"]:
             rows = dict(next(batches))
             indices = rows.pop("index")
@@ -278,7 +283,7 @@ def _validate(
     built: run.Built,
     state: step.State,
     loop: dict[str, Any],
-    log: report.MetricsLog,
+    log: loggers.Log,
     screen: report.Screen,
     done: int,
     check_finite: Callable[[float], None],
