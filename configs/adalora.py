@@ -5,7 +5,7 @@ python -m vitft_jax.train --config configs/adalora.py --config.data.path=IMAGES 
 The schedule follows the length of the run. Ranks by layer: `summary.json` and `figures/active_rank.png` of the run.
 
 It wants a higher learning rate than LoRA, and on a small image set LoRA did better. BUSI, ViT-S/14, 8 epochs, bfloat16, 3 seeds
-(commands in docs/results.md): test accuracy 0.784 [0.782 to 0.788], AUROC 0.915 [0.908 to 0.918]; LoRA at the same budget of ranks
+(docs/results.md): test accuracy 0.784 [0.782 to 0.788], AUROC 0.915 [0.908 to 0.918]; LoRA at the same budget of ranks
 and tuned likewise: 0.857 and 0.950.
 """
 

@@ -2,7 +2,7 @@
 
 python -m vitft_jax.train --config configs/full.py --config.data.path=IMAGES --config.model.pretrained=WEIGHTS
 
-BUSI, ViT-S/14, 8 epochs, float32, 1 seed (commands in docs/results.md): test accuracy 0.814 (95 % CI 0.745 to 0.874), AUROC 0.937
+BUSI, ViT-S/14, 8 epochs, float32, 1 seed (docs/results.md): test accuracy 0.814 (95 % CI 0.745 to 0.874), AUROC 0.937
 (0.901 to 0.965).
 """
 

@@ -19,8 +19,8 @@ _FIGURE = 1100  # widest figure, pixels
 _SMALL = 120_000  # bytes of a PNG that goes in as it is
 CAPTIONS = {
     "patches": "Patches that go on after the blocks that skip; the dark red ones take no further part.",
-    "attention": "Attention roll-out, in multiples of its mean over the image; it explains no decision, see docs/look.md.",
-    "saliency": "Slope of the highest logit by each pixel, in multiples of its mean; it explains no decision, see docs/look.md.",
+    "attention": "Attention roll-out, in multiples of its mean; it explains no decision, see docs/look.md.",
+    "saliency": "Slope of the highest logit by pixel, in multiples of its mean; it explains no decision, see docs/look.md.",
     "active_rank": "AdaLoRA: the rank that each matrix was left with.",
 }
 
