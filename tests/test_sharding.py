@@ -208,9 +208,7 @@ def trained():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "mesh"), [*itertools.product(METHODS, EIGHT), *itertools.product(ALL, ("all",))]
-)
+@pytest.mark.parametrize(("method", "mesh"), [*itertools.product(METHODS, EIGHT), *itertools.product(ALL, ("all",))])
 def test_losses_are_those_of_one_device(trained, method, mesh):
     one, many = trained[method, "one"], trained[method, mesh]
     assert len(one["losses"]) == 20
