@@ -138,7 +138,7 @@ def write_processor(folder: Path, about: About) -> list[str]:
         notes.insert(
             0,
             "the image processor resizes first and crops by whole pixels, vitft_jax in one step (data.fit='crop'): images "
-            "that are not square come out shifted by up to half a pixel, and probabilities differ a little",
+            "that are not square come out shifted by a fraction of a pixel, and answers differ",
         )
     report.write_json(folder / "preprocessor_config.json", processor)
     return notes
