@@ -59,7 +59,7 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
         )
     if about.fit == "crop":
         notes.append(
-            "timm crops by whole pixels after it has resized, vitft_jax in one step: answers differ on images that are not square"
+            "timm crops by whole pixels after it has resized, vitft_jax in one step: answers differ unless images are square"
         )
     if about.fit == "pad":
         notes.append("timm pads with the mean colour, vitft_jax with black: pad images yourself, or answers differ")
