@@ -11,7 +11,7 @@ IMPORTED = time.perf_counter()  # before JAX and all else is imported, to tell h
 
 
 def load(workdir: str | Path) -> "Predictor":
-    """A trained run, ready to predict: ``vitft_jax.load("runs/lora").predict(images)``; see `predictor.load`."""
+    """A trained run or an export, ready to predict: ``vitft_jax.load("runs/lora").predict(images)``; see `predictor.load`."""
     from vitft_jax import predictor
 
     return predictor.load(Path(workdir))

@@ -34,6 +34,9 @@ def default() -> Config:
     c.seed = 0  # fixes the split, the order of the images, augmentation, dropout and fresh parameters
     c.dtype = "float32"  # compute: 'float32' or 'bfloat16'; parameters stay float32
     c.methods = ()  # modules of vitft_jax.methods, inner to outer, such as ('lora',)
+    c.init_adapter = (
+        ""  # folder of a PEFT adapter to start from; it decides rank, alpha and targets, see docs/export.md
+    )
     c.remat = (
         "none"  # computed again for gradients, to save memory: 'dots' all but products with weights, 'full' blocks
     )
@@ -273,6 +276,8 @@ def absolute(config: Config) -> Config:
         path = Path(config[group][key]).expanduser()
         if config[group][key] not in ("", "bundled") and path.exists():  # what is no path may be an id on the Hub
             config[group][key] = str(path.resolve())
+    if config.init_adapter:
+        config.init_adapter = str(Path(config.init_adapter).expanduser().resolve())
     return config
 
 

@@ -26,6 +26,7 @@ class Naming:
     """How one library names the tensors and settings of a Vision Transformer.
 
     Attributes:
+        library: 'hugging_face', 'timm' or 'augreg'.
         marker: Regex on the name of a tensor that every file in this naming has, and none in another.
         prefix: Regex that is cut off the front of each name.
         rules: From its tensors to ours; the first full match counts.
@@ -38,6 +39,7 @@ class Naming:
         labels: Reads the names of the classes off the config.
     """
 
+    library: str
     marker: str
     prefix: str
     rules: tuple[Rule, ...]
@@ -362,6 +364,7 @@ def _npz_facts(weights: Weights) -> dict[str, Any]:
 
 NAMINGS = (
     Naming(
+        library="hugging_face",
         marker=r"embeddings\.patch_embeddings\.projection\.weight$",
         prefix=r"(?:vit|deit|dinov2)\.",
         rules=_HF_RULES,
@@ -377,6 +380,7 @@ NAMINGS = (
         labels=_hf_labels,
     ),
     Naming(
+        library="timm",
         marker=r"^patch_embed\.",
         prefix="",
         rules=_TIMM_RULES,
@@ -397,6 +401,7 @@ NAMINGS = (
         labels=_timm_labels,
     ),
     Naming(
+        library="augreg",
         marker=r"(?:^|/)embedding/kernel$",
         prefix="params/",
         rules=_NPZ_RULES,

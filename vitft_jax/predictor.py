@@ -5,7 +5,7 @@ said of an image does not depend on who asks. The folder of the run and its base
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vitft_jax import config as configs
-from vitft_jax import data, decision, run, step, tree
-from vitft_jax.checkpoint import Checkpoints
+from vitft_jax import data, decision, exported, run, step, tree
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
 
@@ -143,24 +142,31 @@ class Predictor:
 
 
 def load(workdir: Path) -> Predictor:
-    """The best model of a run, from its folder and its base weights alone.
+    """The best model of a run, from its folder and its base weights alone; or one that was exported for transformers or timm.
 
     Raises:
-        InputError: No run or no checkpoint there, its base weights are not what they were, or its static ranges were never
-            calibrated.
+        InputError: As `run.best`; or another export is there.
     """
-    folder = run.Folder(workdir)
-    whole = folder.whole()
-    config = folder.config()
-    config.mesh = configs.default().mesh  # the devices of today
-    config, source = run.resolve(config, whole)
-    task = folder.task(config)
-    built = run.build_for(config, task, source, whole)
-    folder.confirm(task, built)
-    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        trainable, at = checkpoints.restore_best(built.trainable, built.program.layout)
-    step.check_calibrated(built.program, trainable)
-    return Predictor(config, built, trainable, task, decision.read(workdir), at)
+    if (workdir / exported.FILE).is_file() and not run.Folder(workdir).exists:
+        return _load_exported(workdir)
+    best = run.best(workdir)
+    return Predictor(best.config, best.built, best.trainable, best.task, decision.read(workdir), best.step)
+
+
+def _load_exported(folder: Path) -> Predictor:
+    about = exported.read(folder)
+    if about.format not in exported.WHOLE_MODELS:
+        raise InputError(
+            f"{folder}: is an export in the format {about.format!r}, which other programs read; give the run, or an export "
+            f"in the format {' or '.join(exported.WHOLE_MODELS)}"
+        )
+    config = configs.default()
+    config.model.pretrained = str(folder)
+    config.data.update(image_size=about.image_size, fit=about.fit)
+    config, source = run.resolve(config)
+    task = run.Task(about.classes, about.multilabel, total_steps=1)
+    built = run.build_for(config, task, replace(source, mean=about.mean, std=about.std))
+    return Predictor(config, built, built.trainable, task, about.decision, about.step)
 
 
 def _describe(value: Any) -> str:

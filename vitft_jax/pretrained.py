@@ -41,6 +41,7 @@ class Pretrained:
         source: Absolute path or Hub id.
         revision: Commit on the Hub; empty for a path.
         sha256: Over the bytes of the weights files, in the order of their names.
+        library: Whose naming the files have, see `naming.Naming`; '' where they are no files.
     """
 
     model: dict[str, Any]
@@ -53,6 +54,7 @@ class Pretrained:
     source: str
     revision: str
     sha256: str
+    library: str = ""
 
 
 def load(source: str, revision: str = "", name: str = "") -> Pretrained:
@@ -120,6 +122,7 @@ def load(source: str, revision: str = "", name: str = "") -> Pretrained:
         source=weights.source,
         revision=weights.revision,
         sha256=weights.sha256,
+        library=scheme.library,
     )
 
 

@@ -6,6 +6,9 @@ in memory, and of the two in a kernel's gradient it is the thinner one. `python 
 compares with autodiff.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -13,9 +16,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+_PORTABLE = ContextVar("portable", default=False)
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """Within it `laid` does nothing, since `jax.export` serialises no layouts; for traces that are exported."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
+
 
 def laid(x: Array) -> Array:
     """The same array, row-major in memory on a CPU; on other devices as the compiler likes."""
+    if _PORTABLE.get():
+        return x
     order = Layout(tuple(range(x.ndim)))
     return lax.platform_dependent(x, cpu=lambda x: with_layout_constraint(x, order), default=lambda x: x)
 

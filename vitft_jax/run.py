@@ -59,6 +59,11 @@ class Built:
     phases: tuple[tuple[int, Program], ...] = ()
     whole: dict[str, Any] | None = None
 
+    def merged(self, trainable: Any) -> tree.Tree:
+        """`params` with such adapters folded in and float kernels in the place of integers."""
+        trainable, frozen = (self.program.layout.gathered(variables) for variables in (trainable, self.frozen))
+        return self.program.method.merge(tree.join(trainable, frozen))["params"]
+
     def program_at(self, step: int) -> Program:
         """The program that trains at a step."""
         return next((program for end, program in self.phases if step < end), self.program)
@@ -147,19 +152,10 @@ def finetuned(workdir: Path, name: str = "") -> pretrained.Pretrained:
     Raises:
         InputError: The run has no checkpoint, is quantised, or has another architecture; or as `resolve` and `build`.
     """
-    folder = Folder(workdir)
-    if folder.whole() is not None:
+    if Folder(workdir).whole() is not None:
         raise InputError(f"model.pretrained={workdir}: is an int8 model; give the run that it was made from")
-    config = folder.config()
-    config.mesh = configs.default().mesh  # the devices of today
-    config, source = resolve(config)
-    task = folder.task(config)
-    built = build_for(config, task, source)
-    folder.confirm(task, built)
-    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
-        trainable, _ = checkpoints.restore_best(built.trainable)
-    trainable, frozen = (built.program.layout.gathered(variables) for variables in (trainable, built.frozen))
-    params = built.program.method.merge(tree.join(trainable, frozen))["params"]
+    found = best(workdir)
+    built, trainable = found.built, found.built.program.layout.gathered(found.trainable)
     model = {key: getattr(built.program.model, key) for key in ARCHITECTURE}
     if name:
         pretrained.confirm(name, model, str(workdir))
@@ -168,16 +164,59 @@ def finetuned(workdir: Path, name: str = "") -> pretrained.Pretrained:
         digest.update(leaf_name.encode() + np.asarray(leaf).tobytes())
     return pretrained.Pretrained(
         model=model,
-        params=jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params),
-        classes=task.classes,
-        image_size=config.data.image_size,
+        params=jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), built.merged(trainable)),
+        classes=found.task.classes,
+        image_size=found.config.data.image_size,
         mean=built.program.mean,
         std=built.program.std,
-        antialias=source.antialias if source else True,
+        antialias=found.source.antialias if found.source else True,
         source=str(workdir.resolve()),
         revision="",
         sha256=digest.hexdigest(),
     )
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best model of a run.
+
+    Attributes:
+        config: Of the run, on the devices of today.
+        task: Of the run.
+        source: Its base weights; None where they were random, or the checkpoint holds the whole model.
+        built: Its program, and its variables before step 0.
+        trainable: What trained, as in the best checkpoint.
+        step: Of that checkpoint.
+    """
+
+    config: configs.Config
+    task: Task
+    source: pretrained.Pretrained | None
+    built: Built
+    trainable: Any
+    step: int
+
+
+def best(workdir: Path, devices: int = 0) -> Best:
+    """The best model of a run, from its folder and its base weights alone, on so many devices (0 = all).
+
+    Raises:
+        InputError: No run or no checkpoint there, its base weights are not what they were, or its static ranges were never
+            calibrated.
+    """
+    folder = Folder(workdir)
+    whole = folder.whole()
+    config = folder.config()
+    config.mesh = configs.default().mesh  # the devices of today
+    config.mesh.data = devices
+    config, source = resolve(config, whole)
+    task = folder.task(config)
+    built = build_for(config, task, source, whole)
+    folder.confirm(task, built)
+    with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
+        trainable, at = checkpoints.restore_best(built.trainable, built.program.layout)
+    step.check_calibrated(built.program, trainable)
+    return Best(config, task, source, built, trainable, at)
 
 
 def build(

@@ -24,6 +24,7 @@ from vitft_jax import (
     loggers,
     metrics,
     optim,
+    peft,
     processes,
     report,
     run,
@@ -57,6 +58,7 @@ def train(config: Config, workdir: Path) -> dict[str, Any]:
 def _train(config: Config, workdir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     config, source = run.resolve(config)
+    config, adapter = peft.resolve(config, source)
     folder = run.Folder(workdir)
     if folder.whole() is not None:
         raise InputError(
@@ -71,6 +73,9 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     figures.chosen(config, dataset)
     loggers.check(config)
     built = run.build(config, dataset, source)
+    if adapter is not None:
+        built, with_head = peft.insert(built, adapter, dataset.classes)
+        print(f"starts from the adapter {adapter.source}{'' if with_head else ', with a fresh head'}", flush=True)
     layout = built.program.layout
     layout.check_batch(config.train.batch_size, config.train.accumulate)
     part, parts = layout.reader
@@ -127,7 +132,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
             },
             "flops": flops.report(built.program.model, config.data.image_size),
             "timing": {**timing, "eval_images_per_second": speed, "seconds": time.perf_counter() - started},
-            "environment": {**report.environment(), "weights": folder.resolved()["weights"]},
+            "environment": {**report.environment(), "weights": folder.resolved()["weights"], **_started_from(adapter)},
         }
     )
     report.write_json(folder.summary, summary)
@@ -135,6 +140,10 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     report.print_calibration(summary["calibration"])
     page.after(workdir, dataset)
     return summary
+
+
+def _started_from(adapter: peft.Adapter | None) -> dict[str, Any]:
+    return {"adapter": {"source": adapter.source, "sha256": adapter.sha256}} if adapter else {}
 
 
 class _NotFinite(InputError):

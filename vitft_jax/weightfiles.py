@@ -19,7 +19,7 @@ import safetensors
 from vitft_jax.errors import InputError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar")
-_CONVERT = (
+CONVERT = (
     "a pickle may run any code when it is loaded, so it is not read. Convert it where you trust it and have torch: "
     "python -c \"import torch, safetensors.torch as s; w = torch.load('FILE', map_location='cpu', weights_only=True); "
     "w = w.get('model', w.get('state_dict', w)); "
@@ -69,9 +69,7 @@ def read(source: str, revision: str = "") -> Weights:
     if path.is_file():
         readers = {".safetensors": read_safetensors, ".npz": read_npz}
         if path.suffix.lower() not in readers:
-            raise InputError(
-                f"{path}: {_CONVERT if _is_pickle(path) else 'expected .safetensors, .npz or a directory'}"
-            )
+            raise InputError(f"{path}: {CONVERT if _is_pickle(path) else 'expected .safetensors, .npz or a directory'}")
         tensors, data = readers[path.suffix.lower()](path)
         return Weights(tensors, {}, {}, str(path.resolve()), "", hashlib.sha256(data).hexdigest())
     if not _HUB_ID.fullmatch(source) or path.suffix.lower() in (".safetensors", ".npz", *_PICKLES):
@@ -84,7 +82,7 @@ def _read_folder(get: Get, source: str, revision: str) -> Weights:
     config = get("config.json")
     if config is None:
         raise InputError(f"{source}: no config.json; give the weights file itself to have the architecture inferred")
-    config = _read_json(config)
+    config = read_json(config)
     # timm keeps the normalisation in config.json and publishes no preprocessor_config.json.
     preprocessor = None if "architecture" in config else get("preprocessor_config.json")
     tensors: dict[str, np.ndarray] = {}
@@ -94,7 +92,7 @@ def _read_folder(get: Get, source: str, revision: str) -> Weights:
         digest.update(data)
         tensors.update(more)
     return Weights(
-        tensors, config, _read_json(preprocessor) if preprocessor else {}, source, revision, digest.hexdigest()
+        tensors, config, read_json(preprocessor) if preprocessor else {}, source, revision, digest.hexdigest()
     )
 
 
@@ -104,9 +102,9 @@ def _weights_files(get: Get, source: str) -> list[Path]:
     index = get(_INDEX)
     if index is None:
         raise InputError(
-            f"{source}: neither {_SINGLE} nor {_INDEX}. If it holds a pickle (pytorch_model.bin): {_CONVERT}"
+            f"{source}: neither {_SINGLE} nor {_INDEX}. If it holds a pickle (pytorch_model.bin): {CONVERT}"
         )
-    shards = _read_json(index).get("weight_map")
+    shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(
         isinstance(s, str) and s.endswith(".safetensors") for s in shards.values()
     ):
@@ -134,7 +132,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], bytes]:
         if data.startswith(b"version https://git-lfs"):
             raise InputError(f"{path}: a Git LFS pointer, not the weights; run `git lfs pull`") from error
         raise InputError(
-            f"{path}: {_CONVERT if _is_pickle(path) else f'damaged, or not a safetensors file ({error})'}"
+            f"{path}: {CONVERT if _is_pickle(path) else f'damaged, or not a safetensors file ({error})'}"
         ) from error
     if other := {name: entry["dtype"] for name, entry in tensors if entry["dtype"] not in _DTYPES}:
         raise InputError(f"{path}: {len(other)} tensors are not plain floats: {dict(list(other.items())[:3])}")
@@ -155,7 +153,7 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], bytes]:
     try:
         with zipfile.ZipFile(path) as archive:
             if any(Path(name).suffix in (".pkl", ".pickle") for name in archive.namelist()):
-                raise InputError(f"{path}: {_CONVERT}")
+                raise InputError(f"{path}: {CONVERT}")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
@@ -163,7 +161,7 @@ def read_npz(path: Path) -> tuple[dict[str, np.ndarray], bytes]:
     except InputError:
         raise
     except Exception as error:  # zipfile, zlib and numpy raise a dozen classes on damaged bytes
-        reason = _CONVERT if _is_pickle(path) or "pickle" in str(error) else f"damaged, or not an .npz file ({error})"
+        reason = CONVERT if _is_pickle(path) or "pickle" in str(error) else f"damaged, or not an .npz file ({error})"
         raise InputError(f"{path}: {reason}") from error
     # numpy stores bfloat16 as raw pairs of bytes.
     arrays = {name: a.view(jnp.bfloat16) if a.dtype == "V2" else a for name, a in arrays.items()}
@@ -181,7 +179,12 @@ def _is_pickle(path: Path) -> bool:
     return start == b"PK\x03\x04" and path.suffix.lower() != ".npz"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        InputError: It holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

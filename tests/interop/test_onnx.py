@@ -1,17 +1,24 @@
 """Graphs of tiny models in ONNX Runtime against the models themselves."""
 
+import json
 from functools import partial
 
+import exports
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from support import init, tiny
 
+import vitft_jax
 from vitft_jax import quantizer, tree
-from vitft_jax.export import onnx_graph
+from vitft_jax.errors import InputError
+from vitft_jax.export import Options as ExportOptions
+from vitft_jax.export import export, onnx_graph
 from vitft_jax.methods import quant
 from vitft_jax.methods.skip import Skip, Split
+from vitft_jax.quantize import Options, quantize
 
 pytestmark = pytest.mark.interop
 onnx = pytest.importorskip("onnx")
@@ -106,3 +113,47 @@ def test_int8_logits_are_ours(options, changes):
     np.testing.assert_allclose(logits, said(model, variables, pixels(8)), atol=1e-4)
     kernels = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer if t.name.endswith("/kernel")}
     assert {name.split("/")[0] for name, kernel in kernels.items() if kernel.dtype != np.int8} == {"embed", "head"}
+
+
+@pytest.fixture(scope="module")
+def root(image_folder, tmp_path_factory):
+    """Runs that were never trained, and one of them in int8."""
+    root = tmp_path_factory.mktemp("runs")
+    base = exports.write_base(root / "base", "dinov2", depth=3)
+    skipping = {"skip.layers": (0,), "skip.drop_ratio": (0.5,)}
+    for name, methods, more in (
+        ("lora", ("lora",), {}),
+        ("skip", ("lora", "skip"), skipping),
+        ("qat", ("quant", "lora"), {}),
+    ):
+        exports.hand_made(root / name, exports.config_for(image_folder, base, methods, **more))
+    quantize(root / "skip", root / "int8", Options(sensitivity_images=0))
+    return root
+
+
+@pytest.mark.parametrize(("name", "left_out"), [("lora", ()), ("skip", ()), ("skip", ("skip",)), ("int8", ())], ids=str)
+def test_what_the_command_writes_says_what_the_run_says(root, image_folder, tmp_path, name, left_out):
+    notes = export(root / name, tmp_path / "out", "onnx", ExportOptions(left_out))
+    assert bool(notes) == bool(left_out)
+    model = vitft_jax.load(root / name)
+    inputs = np.stack([model.prepare(Image.open(file)) for file in sorted(image_folder.rglob("*.png"))])
+    run = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    _, p = run.run(None, {"images": inputs})
+    apart = np.abs(p - model.probabilities(inputs)).max()
+    assert apart < (1e-3 if name == "int8" else 1e-5) or left_out  # an integer may turn over
+    assert apart > 1e-3 or not left_out
+    about = run.get_modelmeta().custom_metadata_map
+    assert json.loads(about["classes"]) == ["dark", "grey", "light"]
+    assert json.loads(about["left_out"]) == list(left_out)
+    assert "InferenceSession" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_that_only_trains_in_int8_is_to_be_quantised_first(root, tmp_path):
+    with pytest.raises(InputError, match=r"vitft_jax.quantize --workdir .*qat --output .*qat_int8"):
+        export(root / "qat", tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_int8_attention_is_refused():
+    with pytest.raises(InputError, match="without --attention"):
+        onnx_graph.build(tiny(), init(tiny()), 16, MEAN, STD, settings=quant.Settings(base="int8", attention=True))
