@@ -4,7 +4,7 @@ peft       the adapter alone, for Hugging Face's PEFT: LoRA, DoRA, AdaLoRA, PiSS
 hf         the whole model for transformers: AutoModelForImageClassification, pipeline("image-classification")
 timm       the whole model for timm: create_model("local-dir:DIR")
 onnx       the whole model for ONNX Runtime and others; int8 of runs that vitft_jax.quantize made, float32 else
-stablehlo  the compiled program with its weights, for cpu, cuda and tpu; needs jax alone to run, or another StableHLO compiler
+stablehlo  the compiled program with its weights, for cpu, cuda and tpu; runs with jax and flatbuffers alone
 
 Adapters are merged into the kernels, but for peft. The folder also holds vitft_jax.json (classes, preprocessing) and README.md.
 """

@@ -1,7 +1,7 @@
 """The compiled program with its weights inside: `model.jax`, a StableHLO module as `jax.export` serialises it.
 
 It maps uint8 images `(B, S, S, 3)` to probabilities `(B, C)` in float32, for any B, on cpu, cuda and tpu. Normalisation and
-temperature are inside. Nothing but jax is needed to run it, see docs/export.md; `vitft_jax.json` says the rest. Token skipping,
+temperature are inside. Jax with flatbuffers runs it, see docs/export.md. Token skipping,
 int8 products and the run's compute dtype are kept.
 """
 
