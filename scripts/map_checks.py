@@ -48,7 +48,7 @@ def alike(a: np.ndarray, b: np.ndarray) -> tuple[str, str]:
     """Rank correlation, and share of the highest twentieth, of maps `(B, S, S)`; the least and the most of the images."""
     ranks, stays = [], []
     for x, y in zip(a.reshape(len(a), -1), b.reshape(len(b), -1), strict=True):
-        count = x.size // 20
+        count = max(1, x.size // 20)
         ranks.append(spearmanr(x, y).statistic)
         stays.append(len(set(np.argsort(-x)[:count]) & set(np.argsort(-y)[:count])) / count)
     return tuple(f"{min(values):.2f} to {max(values):.2f}" for values in (ranks, stays))
