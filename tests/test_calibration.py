@@ -46,7 +46,9 @@ def test_ranges_are_those_of_the_training_images(static_config, tmp_path):
         assert np.percentile(inputs, 99.8) < found[f"blocks_0/attn/{name}"] <= inputs.max() * 1.02  # another resize
 
 
-@pytest.mark.parametrize(("methods", "trainable"), [(("quant",), "."), (("quant", "lora"), "^head")])
+@pytest.mark.parametrize(
+    ("methods", "trainable"), [(("quant",), "."), pytest.param(("quant", "lora"), "^head", marks=pytest.mark.slow)]
+)
 def test_a_run_keeps_its_ranges_and_says_how_many_parameters_train(static_config, tmp_path, methods, trainable, capsys):
     static_config.methods, static_config.train.trainable = methods, trainable
     summary = train.train(static_config, tmp_path / "run")

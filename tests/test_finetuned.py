@@ -58,6 +58,7 @@ def test_before_its_first_step_it_says_what_the_first_run_said(first):
     np.testing.assert_allclose(out.probabilities, said, atol=2e-6)  # the file has six digits
 
 
+@pytest.mark.slow
 def test_quantisation_aware_training_from_a_lora_run(first, tmp_path):
     config = second(first, methods=("quant",))
     config.train.trainable, config.train.lr = ".", 1e-3

@@ -106,6 +106,7 @@ def test_draws_the_images_of_the_run_with_what_is_said_of_them(runs, one, drawn,
     assert np.corrcoef(drawn["saliency.png"][0][0].values.ravel(), saliency.ravel())[0, 1] > 0.9  # other noise
 
 
+@pytest.mark.slow
 def test_draws_other_images_of_several_labels_through_int8_and_skipping(runs, drawn, tmp_path):
     for i, size in enumerate([(40, 20), (20, 20), (20, 30)]):
         Image.new("L", size, 60 * i + 30).save(tmp_path / f"{i}.png")

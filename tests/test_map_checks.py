@@ -25,6 +25,7 @@ def test_what_is_changed_in_the_model():
     assert map_checks.without_adapters("lora/blocks_0/a", leaf) is leaf
 
 
+@pytest.mark.slow
 def test_table_and_covers_of_a_run(tiny_config, tmp_path):
     tiny_config.methods = ("lora",)
     tiny_config.train.epochs = 1.0

@@ -171,7 +171,11 @@ def test_the_gate_keeps_the_most_sensitive_layers_in_float(trained, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("method", "labels"), [("adalora", ()), ("dora", ()), ("pissa", ()), ("lora", ("bright", "mid"))]
+    ("method", "labels"),
+    [
+        ("lora", ("bright", "mid")),
+        *(pytest.param(name, (), marks=pytest.mark.slow) for name in ("adalora", "dora", "pissa")),
+    ],
 )
 def test_every_method_becomes_an_int8_run(image_folder, tmp_path, method, labels):
     config = tiny_run(image_folder, method)

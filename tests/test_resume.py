@@ -77,7 +77,8 @@ def test_killed_at_twenty_random_moments(config, tmp_path):
     assert runs >= 2  # both kinds
 
 
-@pytest.mark.parametrize("method", [pytest.param("adalora", marks=pytest.mark.slow), "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["adalora", "lora"])
 def test_sigterm_finishes_the_step_and_goes_on_there(config, tmp_path, monkeypatch, method):
     config = config if method == "adalora" else dropout(config)
     config.train.batch_size = 2  # nine steps an epoch
