@@ -1,4 +1,4 @@
-"""The train step and the int8 forward pass compile for platforms that are not here; what a step keeps, and gives away."""
+"""The train step and the int8 forward pass lower for platforms that are not here; what a step keeps, and gives away."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ METHODS = {
 }
 
 
-def setup(name, remat="none", tx=None, accumulate=1, depth=2, dropout=0.0, size=16):
+def setup(name, remat="none", tx=None, accumulate=1, depth=2, dropout=0.0, size=16, dtype=jnp.float32):
     """A tiny program with its state and frozen variables."""
     config = configs.default()
     config.methods = METHODS[name]
@@ -30,12 +30,13 @@ def setup(name, remat="none", tx=None, accumulate=1, depth=2, dropout=0.0, size=
     config.lora.dropout = dropout
     config.quant.base = "int8" if name == "int8" else "float"
     method = methods.load(config)
-    model = tiny(dot_general_cls=method.dot_general_cls, select=method.select, remat=remat, depth=depth)
+    model = tiny(dot_general_cls=method.dot_general_cls, select=method.select, remat=remat, depth=depth, dtype=dtype)
     tx = optim.optimizer(config, method, 20) if tx is None else tx
     program = step.Program(model, method, tx, (0.5,) * 3, (0.25,) * 3, accumulate=accumulate)
     variables = dict(model.init(jax.random.key(0), jnp.zeros((1, size, size, 3))))
     variables["params"] = randomised(variables["params"])
     variables |= {name: randomised(variables[name]) for name in method.collections}
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
     trains = ("params",) if name in ("full", "qat") else ("params/head", *method.collections)
     trainable, frozen = tree.split(method.prepare(variables), lambda leaf: leaf.startswith(trains))
     return program, trainable, frozen
@@ -107,14 +108,18 @@ def test_computing_again_saves_memory(name):
 
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(name):
-    """With plain gradient descent: Adam would divide what rounding leaves of a zero gradient by its own size."""
+    """With plain gradient descent: Adam would divide what rounding leaves of a zero gradient by its own size.
+
+    In float64, since in float32 sums in another order differ by 1e-6 by themselves, on one processor more than on another.
+    """
     found = []
-    for accumulate in (1, 2, 4):
-        program, trainable, frozen = setup(name, tx=optax.sgd(1.0), accumulate=accumulate)
-        state, values = step.train_step(step.init_state(program, trainable), frozen, BATCH, program=program)
-        moved = jax.tree.map(jnp.subtract, state.trainable, trainable)
-        found.append((moved, values))
-    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(found[0][0]))
+    with jax.enable_x64(True):
+        for accumulate in (1, 2, 4):
+            program, trainable, frozen = setup(name, tx=optax.sgd(1.0), accumulate=accumulate, dtype=jnp.float64)
+            state, values = step.train_step(step.init_state(program, trainable), frozen, BATCH, program=program)
+            moved = jax.tree.map(lambda new, old: np.asarray(new - old), state.trainable, trainable)
+            found.append((moved, values))
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(found[0][0]))
     for moved, values in found[1:]:
         np.testing.assert_allclose(values["loss"], found[0][1]["loss"], rtol=1e-6)
         np.testing.assert_allclose(values["grad_norm"], found[0][1]["grad_norm"], rtol=1e-6)

@@ -119,14 +119,16 @@ def test_a_run_gives_the_same_answers_where_the_decomposition_has_other_signs(
 
 @pytest.mark.parametrize("size", [16, 24])
 def test_logits_equal_those_of_peft(size):
-    """Golden file of scripts/make_golden.py: rank 4, alpha 6, rsLoRA, all linear layers, rank 2 in one of them."""
+    """Golden file of scripts/make_golden.py: rank 4, alpha 6, rsLoRA, all linear layers, rank 2 in one of them.
+
+    PEFT decomposes in float32, so the kernels that it leaves are rounded otherwise than ours.
+    """
     with np.load(peft_names.GOLDEN / "pissa.npz") as golden:
         source, adapter = peft_names.separate(golden)
         method = methods.load(lora_config("pissa", **peft_names.SETTINGS))
-        difference = peft_names.largest_difference(
-            method, source, adapter, golden[f"image/{size}"], golden[f"logits/{size}"]
-        )
-    assert difference < 1e-5
+        logits = golden[f"logits/{size}"]
+        difference = peft_names.largest_difference(method, source, adapter, golden[f"image/{size}"], logits)
+    assert difference < 1e-5 * np.abs(logits).max()
 
 
 def test_gradients_at_the_start_reach_a_and_b():
