@@ -23,11 +23,13 @@ TABLES: dict[str, tuple[dict[str, Any], ...]] = {
     "tokens": tuple({"size": n} for n in (112, 224, 448)),
     "rank": tuple({"rank": n} for n in (1, 8, 64)),
     "model": tuple({"model": f"vit_{name}_patch16"} for name in ("tiny", "small", "base", "large")),
+    "accumulate": tuple({"accumulate": n} for n in (1, 2, 4)),
     "remat": tuple({"remat": name} for name in ("none", "dots", "full")),
     "devices": (
         {"devices": 1},
         *({"devices": n, "fsdp": fsdp} for fsdp in (False, True) for n in (2, 4, 8)),
         {"devices": 8, "fsdp": True, "remat": "full"},
+        *({"devices": 1, "parallel": n} for n in (2, 3)),
     ),
 }
 """What each table changes; each has a row for every method."""
@@ -47,6 +49,7 @@ class Setting:
         parallel: Devices on the axis `model`.
         fsdp: As ``mesh.fsdp``.
         remat: As the config's.
+        accumulate: As ``train.accumulate``.
         dtype: As the config's.
     """
 
@@ -59,6 +62,7 @@ class Setting:
     parallel: int = 1
     fsdp: bool = False
     remat: str = "none"
+    accumulate: int = 1
     dtype: str = "float32"
 
 
@@ -96,7 +100,9 @@ def shapes(setting: Setting) -> tuple[Any, tuple[Any, Any, Any]]:
         select=method.select,
         remat=setting.remat,
     )
-    program = step.Program(model, method, optim.optimizer(config, method, 1000), (0.5,) * 3, (0.5,) * 3, layout=layout)
+    half = (0.5, 0.5, 0.5)
+    tx = optim.optimizer(config, method, 1000)
+    program = step.Program(model, method, tx, half, half, accumulate=setting.accumulate, layout=layout)
     images = jax.ShapeDtypeStruct((1, setting.size, setting.size, 3), jnp.float32)
     variables = jax.eval_shape(lambda x: method.prepare(model.init(jax.random.key(0), x)), images)
     trains = ("params",) if setting.method in ("full", "quant") else ("params/head", *method.collections)
@@ -198,6 +204,7 @@ def main() -> None:
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
     if not options.time:  # the code is not run, so it need not be fast; buffers are the same
         flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
     import jax

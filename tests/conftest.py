@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault(
+    "XLA_PYTHON_CLIENT_PREALLOCATE", "false"
+)  # on a GPU, where each worker would take most of its memory
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")  # there float32 would be TF32
 
 import numpy as np
 import pytest

@@ -1,6 +1,9 @@
-"""A process of its own: trains the tiny model of the tests, and is killed before a step (0 = never).
+"""A process of its own: trains the tiny model of the tests, and something ends it before a step.
 
-python tests/dies.py STEP [flags of vitft_jax.train]
+python tests/dies.py STEP:WHO:HOW [flags of vitft_jax.train]
+
+STEP counts the steps of this process (0 = never), WHO is the number of a process or 'all', HOW the name of a signal or 'input',
+a fault that this process alone meets.
 """
 
 import os
@@ -8,21 +11,32 @@ import signal
 import sys
 import time
 
+import jax
 from support import TINY
 
 from vitft_jax import cli, metrics, processes, step, train, vit
+from vitft_jax.errors import InputError
+
+
+def end(who, how):
+    if who == "all":
+        processes.wait("all have come to this step")
+        time.sleep(1)  # so that none sees another one gone
+    if who in ("all", str(jax.process_index())):
+        if how == "input":
+            raise InputError("an image that only this process reads")
+        os.kill(os.getpid(), signal.Signals[how])
+
 
 if __name__ == "__main__":
     vit.VARIANTS["tiny_test"] = TINY
     metrics.RESAMPLES = 20
-    last, real, calls = int(sys.argv[1]), step.train_step, []
+    (last, who, how), real, calls = sys.argv[1].split(":"), step.train_step, []
 
     def counted(*args, **kwargs):
         calls.append(None)
-        if len(calls) == last:
-            processes.wait("all have come to this step")
-            time.sleep(1)  # so that none sees another one gone
-            os.kill(os.getpid(), signal.SIGKILL)
+        if len(calls) == int(last):
+            end(who, how)
         return real(*args, **kwargs)
 
     step.train_step = counted

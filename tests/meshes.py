@@ -6,7 +6,8 @@ The runs of `DOUBLE` compute in float64, where sums in another order differ too 
 continuous function, and in float32 one of some 100,000 integers a step lies so near the middle between two that it is turned,
 which moves the loss by up to 1e-4.
 
-The method 'memory' says the bytes of a compiled step instead, and 'product' what devices say to each other for a product.
+The method 'memory' says the bytes of a compiled step instead, 'product' what devices say to each other for a product, and
+'restored' how a run goes on that was begun on one device.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import functools
 import itertools
 import json
 import re
+import tempfile
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -26,6 +29,7 @@ from support import TINY
 
 from vitft_jax import calibration, data, pretrained, processes, product, quantizer, run, sharding, step, tree, vit
 from vitft_jax import config as configs
+from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.methods import quant
 
 STEPS, BATCH, SIZE = 20, 8, 16
@@ -35,6 +39,7 @@ MESHES = {
     "data": {"data": 8, "model": 1, "fsdp": False},
     "fsdp": {"data": 8, "model": 1, "fsdp": True},
     "model": {"data": 2, "model": 4, "fsdp": False},
+    "wide": {"data": 1, "model": 4, "fsdp": False},
     "all": {"data": 4, "model": 2, "fsdp": True},
     "fsdp 2": {"data": 2, "model": 1, "fsdp": True},
     "fsdp 4": {"data": 4, "model": 1, "fsdp": True},
@@ -188,6 +193,36 @@ def _trained(method, mesh):
     return told | {"mask": masks[0].tolist() if masks else None}
 
 
+def restored(mesh):
+    """Losses of the last ten steps of twenty, on one device and on a mesh that reads the checkpoint of the first ten."""
+    losses, images = {"one": [], mesh: []}, dataset()
+    with tempfile.TemporaryDirectory() as folder:
+        for place, found in losses.items():
+            config = config_of("lora", place)
+            config.train.accumulate = 1
+            built = run.build(config, images, weights())
+            state, layout = step.init_state(built.program, built.trainable), built.program.layout
+            batches = data.train_batches(
+                images, batch_size=BATCH, image_size=SIZE, fit="squash", augment=config.augment, seed=0
+            )
+            with Checkpoints(Path(folder)) as checkpoints:
+                if place != "one":
+                    like = state
+                    state, loop = checkpoints.restore(like)
+                    batches.set_state(loop["input"])
+                    there = [
+                        a.sharding == b.sharding for a, b in zip(*map(jax.tree.leaves, (state, like)), strict=True)
+                    ]
+                while int(state.step) < STEPS:
+                    batch = layout.batch({key: value for key, value in next(batches).items() if key != "index"})
+                    state, values = step.train_step(state, built.frozen, batch, program=built.program)
+                    found += [float(values["loss"])] * (int(state.step) > STEPS // 2)
+                    if place == "one" and int(state.step) == STEPS // 2:
+                        checkpoints.save(state, {"input": batches.get_state()}, None)
+            batches.close()
+    return {"losses": losses[mesh], "of one": losses["one"], "in place": all(there)}
+
+
 if __name__ == "__main__":
     vit.VARIANTS["meshes_tiny"] = TINY
     parser = argparse.ArgumentParser()
@@ -198,5 +233,7 @@ if __name__ == "__main__":
     for runs in flags.runs:
         names, places = (part.split(",") for part in runs.split(":"))
         for method, mesh in itertools.product(names, places):
-            found = {"memory": memory, "product": of_product}.get(method, functools.partial(trained, method))
+            found = {"memory": memory, "product": of_product, "restored": restored}.get(
+                method, functools.partial(trained, method)
+            )
             print(json.dumps({"method": method, "mesh": mesh, **found(mesh)}), flush=True)

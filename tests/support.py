@@ -88,6 +88,7 @@ def virtual_devices(count):
     here = Path(__file__).parent
     return {
         **os.environ,
+        "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}",
         "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent, here.parent / "scripts"))),
     }

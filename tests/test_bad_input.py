@@ -16,8 +16,10 @@ import pytest
 from PIL import Image
 from support import TINY
 
-from vitft_jax import cli, evaluate, quantize, run, train
+from vitft_jax import check_data, cli, compare, evaluate, look, predict, quantize, run, train
 from vitft_jax import config as configs
+from vitft_jax.export import __main__ as export
+from vitft_jax.report import __main__ as report
 
 BUNDLED = Path(train.__file__).parent / "weights" / "phantom_micro"
 CONFIG = f"""
@@ -73,7 +75,17 @@ def files(root):
     return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
 
 
-COMMANDS = {"train": train.main, "evaluate": evaluate.main, "quantize": quantize.main}
+COMMANDS = {
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "quantize": quantize.main,
+    "predict": predict.main,
+    "look": look.main,
+    "export": export.main,
+    "report": report.main,
+    "compare": compare.main,
+    "check_data": check_data.main,
+}
 
 
 def refused(command, arguments, root, capsys):
@@ -94,14 +106,21 @@ def refused(command, arguments, root, capsys):
 SETTINGS = [
     ("config.lora.rnak=3", "unknown config key 'lora.rnak'; did you mean 'lora.rank'?"),
     ("config.lora.rank", "--config.lora.rank: write --config.lora.rank=VALUE"),
-    ("config.lora.rank=many", "config key lora.rank='many': a int is needed"),
+    ("config.lora.rank=many", "config key lora.rank='many': a whole number is needed"),
     ("config.lora.rank=-1", "lora.rank=-1"),
     ("config.lora.targets=(", "lora: '(' is none of"),
+    ("config.lora.rank_pattern=3", "lora.rank_pattern=(3,): pairs of a regex and a rank"),
+    ("config.lora.rank_pattern=(('x','y'),)", "lora.rank_pattern=(('x', 'y'),): pairs of a regex and a rank"),
+    ("config.methods=1", "config.methods: unknown method 1; choose one of"),
     ("config.train.lr=nan", "config key train.lr='nan'"),
     ("config.train.lr=1e999", "config key train.lr=inf: a finite number is needed"),
     ("config.train.epochs=1e999", "config key train.epochs=inf"),
     ("config.train.batch_size=0", "config key train.batch_size=0: at least 1"),
     ("config.train.batch_size=1000000000000", "train.batch_size"),
+    (f"config.train.steps={'9' * 400}", "at most 2147483647"),
+    ("config.data.path=~nobody_of_that_name/x", "config key data.path='~nobody_of_that_name/x': no user of that name"),
+    ("config.init_adapter=~nobody_of_that_name/x", "config key init_adapter='~nobody_of_that_name/x': no user"),
+    (f"config.model.pretrained={'x' * 300}", "File name too long; give another path"),
     ("config.train.accumulate=4", "does not divide into train.accumulate=4 micro-batches"),
     ("config.train.nan_retries=-1", "config key train.nan_retries=-1: at least 0"),
     ("config.train.best_metric=auc", "train.best_metric='auc'; did you mean 'auroc'?"),
@@ -321,7 +340,7 @@ RUNS = {
     "config.json cut off": (lambda run: (run / "config.json").write_text('{"seed": '), "config.json: not valid JSON"),
     "config.json of no object": (lambda run: (run / "config.json").write_text("[]"), "config.json: expected a JSON object"),
     "config.json with an unknown key": (lambda run: change(run / "config.json", lorra=1), "config.json: unknown key 'lorra'"),
-    "config.json with a wrong type": (lambda run: change(run / "config.json", seed="x"), "config.json: seed is 'x'; a int"),
+    "config.json with a wrong type": (lambda run: change(run / "config.json", seed="x"), "config.json: seed is 'x'; a whole"),
     "config.json with a wrong value": (lambda run: change(run / "config.json", dtype="int4"), "dtype='int4'"),
     "config.json not in UTF-8": (lambda run: (run / "config.json").write_bytes(b"\xff"), "config.json: cannot be read"),
     "run.json cut off": (lambda run: (run / "run.json").write_text("{"), "run.json: cannot be read"),
@@ -329,6 +348,10 @@ RUNS = {
     "run.json nested without end": (lambda run: (run / "run.json").write_text("[" * 10**6), "run.json: cannot be read"),
     "run.json of other classes": (lambda run: change(run / "run.json", classes=["a", "b", "c"]), "none of the classes a, b, c"),
     "run.json of other weights": (lambda run: change(run / "run.json", weights={}), "its weights were {} when it was started"),
+    "run.json of classes that are none": (lambda run: change(run / "run.json", classes=3), "run.json: weights, classes or"),
+    "run.json of an odd model": (lambda run: change(run / "run.json", model=3, mean="x"), "run.json: says of the model"),
+    "split.csv not in UTF-8": (lambda run: (run / "split.csv").write_bytes(b"path,label,split\n\xff,a,train\n"), "split.csv"),
+    "split.csv of one giant field": (lambda run: (run / "split.csv").write_text("9" * 200_000), "split.csv"),
     "split.csv gone": (lambda run: (run / "split.csv").unlink(), "There is no table"),
     "split.csv that leads out": (lambda run: (run / "split.csv").write_text("path,label\n../x.png,a\n"), "split.csv, row 2"),
     "images gone": (lambda run: shutil.rmtree("images/grey"), "10 of 30 images are not in"),
@@ -351,6 +374,12 @@ def test_run_folders(world, started, capsys, name):
         assert message in said or "holds another run" in said
     if "json" in name:
         assert message in refused("quantize", ["--workdir", "run", "--output", "new"], world, capsys)
+    if "json" in name and name != "run.json of other classes":  # these commands read no labels
+        images = ["--images", "images/grey", "--output"]
+        assert message in refused("predict", ["--workdir", "run", *images, "new.csv"], world, capsys)
+        assert message in refused("look", ["--workdir", "run", *images, "new"], world, capsys)
+        export_to = ["--workdir", "run", "--format", "hf", "--output", "new"]
+        assert message in refused("export", export_to, world, capsys)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +395,21 @@ def test_run_folders(world, started, capsys, name):
         ("quantize", ["--workdir", "run", "--output", "new", "--images", "0"], "--images 0"),
         ("quantize", ["--workdir", "run", "--output", "new", "--bits", "many"], "argument --bits: invalid int value: 'many'"),
         ("quantize", ["--workdir", "nowhere", "--output", "new"], "--workdir nowhere: no run here"),
+        ("predict", ["--workdir", "run", "--images", "images"], "the following arguments are required: --output"),
+        ("predict", ["--workdir", "run", "--images", "nowhere", "--output", "new.csv"], "nowhere"),
+        ("predict", ["--workdir", "nowhere", "--images", "images", "--output", "new.csv"], "--workdir nowhere: no run here"),
+        ("predict", ["--workdir", "run", "--images", "images", "--output", "config.py/new.csv"], "config.py"),
+        ("look", ["--workdir", "nowhere"], "--workdir nowhere: no run here"),
+        ("look", ["--workdir", "run", "--images", "images"], "--output"),
+        ("export", ["--workdir", "run", "--format", "pickle", "--output", "new"], "--format pickle: choose one of hf"),
+        ("export", ["--workdir", "run", "--format", "hf", "--output", "images"], "--output images: exists already"),
+        ("export", ["--workdir", "nowhere", "--format", "hf", "--output", "new"], "--workdir nowhere: no run here"),
+        ("report", ["nowhere"], "nowhere: no run here"),
+        ("report", ["run", "nowhere", "--output", "new.html"], "nowhere: no run here"),
+        ("compare", ["run"], "the following arguments are required"),
+        ("compare", ["run", "nowhere"], "run/predictions_test.csv: no table of predictions"),
+        ("check_data", ["--config", "config.py", "--config.data.path=nowhere"], "nowhere"),
+        ("check_data", ["--config", "config.py", "--output", "config.py"], "config.py: File exists; give another path"),
     ],
 )  # fmt: skip
 def test_other_commands(world, started, capsys, command, arguments, message):

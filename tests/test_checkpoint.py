@@ -11,6 +11,7 @@ import pytest
 import tensorstore as ts
 from support import largest
 
+from vitft_jax import digest
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError, MachineError
 from vitft_jax.step import State
@@ -147,3 +148,19 @@ def end_writes(error):
     promise, future = ts.Promise.new()
     future.add_done_callback(call)
     promise.set_result(None)
+
+
+def test_a_checkpoint_without_digests_is_whole_only_where_it_is_the_newest(tmp_path, capsys):
+    """A process may be killed before it writes the digests of the newest, or while it removes an older one."""
+    saved(tmp_path, [3, 2, 1])
+    (tmp_path / "3" / digest.FILE).unlink()
+    assert newest(tmp_path) == 3
+    assert digest.known(tmp_path / "3")
+    damage(tmp_path, 3)
+    assert newest(tmp_path) == 2
+    saved(tmp_path / "b", [3, 2, 1])
+    (tmp_path / "b" / "2" / digest.FILE).unlink()
+    (tmp_path / "b" / "dropped-9").mkdir()
+    assert newest(tmp_path / "b") == 3
+    assert "sha256sum.txt is missing" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["1", "3"]

@@ -40,9 +40,9 @@ def test_overrides_take_the_type_of_the_default(file):
     [
         ("lora.rnak=3", "unknown config key 'lora.rnak'; did you mean 'lora.rank'?"),
         ("lora=3", "unknown config key 'lora'"),
-        ("lora.rank=3.5", "lora.rank='3.5': a int is needed, such as 4"),
-        ("lora.rank=many", "lora.rank='many': a int"),
-        ("train.class_weights=1", "a bool"),
+        ("lora.rank=3.5", "lora.rank='3.5': a whole number is needed, such as 4"),
+        ("lora.rank=many", "lora.rank='many': a whole number"),
+        ("train.class_weights=1", "True or False is needed"),
         ("lora.rank", "--config.lora.rank=VALUE"),
         ("dtype=float16", "dtype='float16': one of 'float32', 'bfloat16'"),
         ("data.fit=stretch", "data.fit='stretch': one of 'squash', 'crop', 'pad'"),

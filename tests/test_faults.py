@@ -120,7 +120,10 @@ def test_a_damaged_checkpoint_is_dropped_and_its_steps_are_done_again(config, wh
     assert_same(whole, tmp_path / "cut")
 
 
-def test_a_work_directory_in_use(tmp_path):
+def test_a_work_directory_in_use(config, tmp_path):
+    with lock.Lock(tmp_path / "new"), pytest.raises(InputError, match="new: in use by process"):
+        train.train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     with lock.Lock(tmp_path / "run"):
         with pytest.raises(InputError, match=f"in use by process {os.getpid()} on"):
             lock.Lock(tmp_path / "run").__enter__()
@@ -286,7 +289,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_names_are_written_as_they_are(config, image_folder, tmp_path, monkeypatch, capsys):
+def test_names_are_written_as_they_are(config, image_folder, tmp_path, monkeypatch, capsys, reports):
     shutil.copytree(image_folder, tmp_path / "images")
     names = ["<img src=x onerror=alert(1)>.png", "$x_{$ 100%.png", '"; =1+1, ok.png', "[red]a[bold].png"]
     for name in names:
@@ -303,3 +306,6 @@ def test_names_are_written_as_they_are(config, image_folder, tmp_path, monkeypat
         assert [row["path"] for row in rows(tmp_path / "<run>" / f"predictions_{split}.csv")] == wanted
     assert (tmp_path / "<run>" / "figures" / "patches.png").is_file()
     assert "<run>" in capsys.readouterr().out.replace("\n", "")
+    page = (tmp_path / "<run>" / "report.html").read_text()
+    assert "&lt;img src=x" in page
+    assert "<img src=x" not in page

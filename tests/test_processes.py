@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import meshes
@@ -24,8 +25,8 @@ from vitft_jax.errors import InputError
 METHODS = ("full", "lora", "adalora", "skip", "qat")
 
 
-def together(*arguments):
-    """Runs a script in two processes; returns the exit code of each and the output of the first."""
+def together(*arguments, devices=4):
+    """Runs a script in two processes; returns the exit code of each, the output of the first, and what each says of errors."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -33,28 +34,35 @@ def together(*arguments):
         subprocess.Popen(
             [sys.executable, *arguments, "--distributed", f"--coordinator={address}", f"--process_id={i}",
              "--process_count=2"],
-            cwd=Path(__file__).parent, env=virtual_devices(4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parent, env=virtual_devices(devices), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for i in range(2)
     ]  # fmt: skip
-    ended = [process.communicate() for process in started]
+    with ThreadPoolExecutor() as readers:  # of both at once, or one whose pipe is full waits for ever
+        try:
+            ended = list(readers.map(lambda process: process.communicate(timeout=400), started))
+        finally:
+            for process in started:
+                process.kill()
     codes = [process.returncode for process in started]
-    if set(codes) & {1, 2}:
-        pytest.fail("\n".join(error[-2000:] for _, error in ended))
-    first, second = (re.sub(r"\[Gloo\].*\n", "", out) for out, _ in ended)  # which prints past Python
+    assert 1 not in codes, "\n".join(error[-2000:] for _, error in ended)
+    first, second = (re.sub(r".*(\[Gloo\]|peer ranks).*\n", "", out) for out, _ in ended)  # it prints past Python
     assert second == ""  # the first speaks for both
-    return codes, first
+    return codes, first, [error for _, error in ended]
 
 
 @pytest.mark.slow
 def test_losses_are_those_of_one_device(monkeypatch):
     monkeypatch.setitem(vit.VARIANTS, "meshes_tiny", TINY)
     one_device = {method: meshes.trained(method, "one") for method in METHODS}
-    codes, said = together("meshes.py", f"{','.join(METHODS)}:fsdp")
+    codes, said, _ = together("meshes.py", f"{','.join(METHODS)}:fsdp", "lora:model")
     assert codes == [0, 0]
-    found = {line["method"]: line for line in map(json.loads, said.splitlines())}
-    assert set(found) == set(METHODS)
-    for method, line in found.items():
+    codes, across, _ = together("meshes.py", "lora:wide", devices=2)  # one layer is cut over both processes
+    assert codes == [0, 0]
+    said += across
+    found = {(line["method"], line["mesh"]): line for line in map(json.loads, said.splitlines())}
+    assert set(found) == {*((method, "fsdp") for method in METHODS), ("lora", "model"), ("lora", "wide")}
+    for (method, _), line in found.items():
         one = one_device[method]
         np.testing.assert_allclose(line["losses"], one["losses"], rtol=1e-5, err_msg=method)
         assert line["mask"] == one["mask"]
@@ -77,11 +85,21 @@ def test_a_run_that_was_killed_ends_as_one_of_a_single_process(tiny_config, tmp_
         "def get_config():\n    return config.from_json((Path(__file__).parent / 'config.json').read_text())\n"
     )
     flags = (f"--config={file}", f"--workdir={tmp_path / 'two'}", "--config.mesh.fsdp=True")
-    codes, _ = together("dies.py", "6", *flags)
+    codes, *_ = together("dies.py", "6:all:SIGKILL", *flags)
     assert codes == [-signal.SIGKILL] * 2
     assert [line["step"] for line in lines(tmp_path / "two")] == [3, 3]
     shutil.copytree(tmp_path / "two", tmp_path / "moved")
-    codes, said = together("dies.py", "0", *flags)
+    for who, how, code in (("1", "SIGKILL", -signal.SIGKILL), ("0", "SIGKILL", -signal.SIGKILL), ("1", "input", 2)):
+        codes, _, errors = together("dies.py", f"2:{who}:{how}", *flags)
+        assert codes == [74, code][:: 1 if who == "1" else -1]
+        (survivor,) = [error for code, error in zip(codes, errors, strict=True) if code == 74]
+        assert "the processes lost each other" in survivor
+        assert "Traceback" not in survivor
+    codes, _, errors = together("dies.py", "2:1:SIGTERM", *flags)  # of one process, and all of them end at one step
+    assert codes == [75, 75]
+    assert "terminated; step" in errors[0]
+    assert 3 < max(int(path.name) for path in (tmp_path / "two" / "checkpoints").glob("[0-9]*")) < 9
+    codes, said, _ = together("dies.py", "0:all:", *flags)
     assert codes == [0, 0]
     assert "step 9  val" in said
     assert "step 3  val" not in said

@@ -21,11 +21,12 @@ def config(tiny_config):
     return tiny_config
 
 
-def dropout(config):
-    """The same with LoRA, which has dropout."""
+def dropout(config, **settings):
+    """The same with LoRA, which has dropout, and other settings of the training."""
     config = config.copy_and_resolve_references()
     config.methods = ("lora",)
     config.lora.dropout = 0.2
+    config.train.update(settings)
     return config
 
 
@@ -59,9 +60,11 @@ def test_killed_at_twenty_random_moments(config, tmp_path):
         (point, rng.randint(1, reach[point][0]), kill, rng.uniform(0, reach[point][1])) for point in [*POINTS] * 5
     ]
     rng.shuffle(moments)
+    kinds = config, dropout(config, accumulate=2, balanced=True)
+    kinds[1].data.workers = 1
     runs = 0
     while moments:
-        kind = (config, dropout(config))[runs % 2]
+        kind = kinds[runs % 2]
         folder = tmp_path / str(runs)
         while moments:
             code, said = run(kind, folder, *moments[-1])

@@ -188,6 +188,7 @@ def on_eight(*arguments):
         capture_output=True,
         text=True,
         check=False,
+        timeout=1200,
     )
     assert not done.returncode, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -200,7 +201,8 @@ def trained():
         f"{','.join(METHODS)}:one,{','.join(EIGHT)}",
         f"{','.join(ALL[1:])}:one",
         f"{','.join(ALL)}:all",
-        f"{ROUNDED}:one,data",
+        f"{ROUNDED}:one,{','.join(EIGHT)}",
+        "restored:data,fsdp,model,all,fsdp 2",
         "memory:one,fsdp 2,fsdp 4,fsdp,data",
         "product:data",
     )
@@ -220,9 +222,19 @@ def test_losses_are_those_of_one_device(trained, method, mesh):
 
 
 @pytest.mark.slow
-def test_in_float32_a_turned_integer_moves_a_loss_a_little(trained):
+@pytest.mark.parametrize("mesh", EIGHT)
+def test_in_float32_a_turned_integer_moves_a_loss_a_little(trained, mesh):
     """What `DOUBLE` of meshes.py leaves out: AQT's product, and the numbers that users see."""
-    np.testing.assert_allclose(trained[ROUNDED, "data"]["losses"], trained[ROUNDED, "one"]["losses"], rtol=1e-3)
+    np.testing.assert_allclose(trained[ROUNDED, mesh]["losses"], trained[ROUNDED, "one"]["losses"], rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [*EIGHT, "all", "fsdp 2"])
+def test_a_run_of_one_device_goes_on_elsewhere_read_straight_into_place(trained, mesh):
+    found = trained["restored", mesh]
+    assert found["in place"]
+    assert len(found["losses"]) == 10
+    np.testing.assert_allclose(found["losses"], found["of one"], rtol=1e-5)
 
 
 @pytest.mark.slow

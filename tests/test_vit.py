@@ -157,6 +157,11 @@ def test_batch_elements_do_not_see_each_other():
     np.testing.assert_allclose(model.apply(variables, images), alone, atol=1e-5)
 
 
+def test_parameter_count_of_vit_huge():
+    """That of torchvision's vit_h_14."""
+    assert tree.count(shapes(vit.ViT(**vit.VARIANTS["vit_huge_patch14"], classes=1000))) == 632_045_800
+
+
 @pytest.mark.parametrize(
     ("changes", "size", "message"), [({}, 18, "18x18.*patch size 4"), ({"features": "max"}, 16, "max")]
 )
@@ -166,7 +171,7 @@ def test_bad_sizes_and_features_are_refused(changes, size, message):
 
 
 def test_variants_cover_sizes_and_patches():
-    assert {f"vit_{s}_patch{p}" for s in ("tiny", "small", "base", "large") for p in (8, 14, 16, 32)} <= set(
+    assert {f"vit_{s}_patch{p}" for s in ("tiny", "small", "base", "large", "huge") for p in (8, 14, 16, 32)} <= set(
         vit.VARIANTS
     )
     assert TINY.keys() <= vit.VARIANTS["vit_tiny_patch16"].keys()

@@ -29,6 +29,9 @@ from vitft_jax.step import State
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it writes, and what it then raises too
 
 
+_DROPPED = "dropped-"
+
+
 class Checkpoints:
     """The checkpoints of one run folder; a context manager."""
 
@@ -70,16 +73,30 @@ class Checkpoints:
                 self._manager.reload()
 
     def _drop_damaged(self) -> None:
-        for step in _steps(self._folder):
-            if damage := digest.damage(self._folder / str(step)):
-                print(f"warning: checkpoint {self._folder / str(step)} is damaged and dropped: {damage}", flush=True)
-                shutil.rmtree(self._folder / str(step))
+        for dropped in self._folder.glob(f"{_DROPPED}*"):
+            shutil.rmtree(dropped)
+        *older, newest = _steps(self._folder) or [None]
+        if newest is not None and not digest.known(self._folder / str(newest)):
+            digest.write(
+                self._folder / str(newest)
+            )  # killed between a checkpoint, which Orbax renames whole, and its digests
+        for step in (*older, *([] if newest is None else [newest])):
+            path = self._folder / str(step)
+            if damage := digest.damage(path) if digest.known(path) else f"{digest.FILE} is missing":
+                print(f"warning: checkpoint {path} is damaged and dropped: {damage}", flush=True)
+                self._drop(step)
 
     def _drop_after(self, best: int) -> None:
         print(f"warning: the best checkpoint, {self._folder / str(best)}, is lost; training goes back to before it")
         for step in _steps(self._folder):
             if step > best:
-                shutil.rmtree(self._folder / str(step))
+                self._drop(step)
+
+    def _drop(self, step: int) -> None:
+        """Removes a checkpoint; renamed first, so that a process killed in between leaves no half that looks whole."""
+        dropped = self._folder / f"{_DROPPED}{step}"
+        os.replace(self._folder / str(step), dropped)
+        shutil.rmtree(dropped)
 
     def __enter__(self) -> "Checkpoints":
         return self

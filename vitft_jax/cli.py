@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from vitft_jax import config as configs
-from vitft_jax import preemption
+from vitft_jax import preemption, processes
 from vitft_jax.errors import InputError, MachineError, Preempted, nearest
 
 EXIT_CODES = """exit codes:
@@ -21,6 +21,7 @@ EXIT_CODES = """exit codes:
   130  ended by Ctrl-C; the same command goes on"""
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
+_OF_A_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST, errno.ENOTDIR)
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -78,12 +79,15 @@ def main(command: Callable[[], None]) -> None:
         sys.stdout.flush()
         os._exit(74)  # an orderly end would wait, for ever on a full disk, for what still tries to write
     except Preempted as end:
-        _end(75, str(end))
+        _say(str(end))
+        sys.exit(75)  # which all processes reach together
     except KeyboardInterrupt:
         _end(130, "interrupted; the same command goes on from the last checkpoint")
     except BrokenPipeError:  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
+        if error.errno in _OF_A_NAME:
+            _end(2, f"error: {error.filename}: {error.strerror}; give another path")
         if error.errno not in _OF_THE_DISK:
             raise
         _end(
@@ -91,7 +95,13 @@ def main(command: Callable[[], None]) -> None:
         )
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            if not processes.together():
+                raise
+            _end(
+                74,
+                f"error: the processes lost each other ({str(error).splitlines()[0]}); if another one said why it ended, "
+                "mend that, and start all of them again: they go on from the last checkpoint",
+            )
         first = (str(error) or "no more to be had").splitlines()[0]
         _end(
             74,
@@ -101,6 +111,7 @@ def main(command: Callable[[], None]) -> None:
 
 def _end(code: int, message: str) -> None:
     _say(message)
+    processes.leave(code)
     sys.exit(code)
 
 

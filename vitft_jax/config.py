@@ -211,7 +211,7 @@ def set_key(config: Config, key: str, text: str) -> None:
     elif isinstance(old, tuple) and not isinstance(value, tuple):
         value = tuple(value) if isinstance(value, list) else (value,)
     if type(value) is not type(old):
-        raise InputError(f"config key {key}={text!r}: a {type(old).__name__} is needed, such as {old!r}")
+        raise InputError(f"config key {key}={text!r}: {_kind(old)} is needed, such as {old!r}")
     group, _, leaf = key.rpartition(".")
     (config[group] if group else config)[leaf] = value
 
@@ -252,12 +252,21 @@ def check(config: Config) -> None:
     for key, low in lowest.items():
         if values[key] < low:
             raise InputError(f"config key {key}={values[key]}: at least {low}")
-    for key, high in {"data.image_size": 2**14, "train.batch_size": 2**20}.items():  # beyond is a slip of the hand
+    for key, high in {
+        "data.image_size": 2**14,
+        "train.batch_size": 2**20,
+        "train.steps": 2**31 - 1,
+    }.items():  # beyond is a slip of the hand
         if values[key] > high:
             raise InputError(f"config key {key}={values[key]}: at most {high}")
     for key in ("train.warmup", "train.label_smoothing", "data.val_fraction", "data.test_fraction"):
         if not 0 <= values[key] < 1:
             raise InputError(f"config key {key}={values[key]}: at least 0 and below 1")
+    for key in ("data.path", "data.table", "model.pretrained", "init_adapter"):
+        try:
+            Path(values[key]).expanduser()
+        except RuntimeError:
+            raise InputError(f"config key {key}={values[key]!r}: no user of that name has a home directory") from None
     if not values["train.steps"] and not values["train.epochs"]:
         raise InputError("config keys train.steps and train.epochs are both 0: nothing to train")
     if config.train.class_weights and config.train.balanced:
@@ -305,7 +314,7 @@ def from_json(text: str) -> Config:
         if key not in known:
             raise InputError(f"config.json: unknown key {key!r}; {nearest(key, known)}")
         if type(value) is not type(known[key]):
-            raise InputError(f"config.json: {key} is {value!r}; a {type(known[key]).__name__} is needed")
+            raise InputError(f"config.json: {key} is {value!r}; {_kind(known[key])} is needed")
         group, _, leaf = key.rpartition(".")
         (config[group] if group else config)[leaf] = value
     check(config)
@@ -325,6 +334,11 @@ def changes(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
 
 def _flat(config: Config) -> dict[str, Any]:
     return {name.replace("/", "."): value for name, value in tree.flatten(config.to_dict()).items()}
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in words."""
+    return {bool: "True or False", int: "a whole number", float: "a number", tuple: "a list", str: "text"}[type(value)]
 
 
 def _tuples(value: Any) -> Any:

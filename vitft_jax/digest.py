@@ -13,9 +13,14 @@ def write(folder: Path) -> None:
     write_text(folder / FILE, "".join(f"{_sha256(folder / name)}  {name}\n" for name in _names(folder)))
 
 
+def known(folder: Path) -> bool:
+    """Whether there are digests of a folder."""
+    return (folder / FILE).is_file()
+
+
 def damage(folder: Path) -> str:
     """What is not as it was when `write` was called; '' if nothing, or if there are no digests to tell."""
-    if not (folder / FILE).is_file():
+    if not known(folder):
         return ""
     lines = (folder / FILE).read_bytes().decode(errors="replace").splitlines()
     digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}

@@ -7,11 +7,14 @@ every other file and speaks. The work directory is one that all of them see.
 import argparse
 import os
 import sys
+import time
 
 import jax
 from jax.experimental import multihost_utils
 
 from vitft_jax.errors import InputError
+
+_together = False
 
 
 def add_flags(arguments: argparse.ArgumentParser) -> None:
@@ -45,6 +48,7 @@ def start(flags: argparse.Namespace) -> None:
         )
     if given and not 0 <= flags.process_id < flags.process_count:
         raise InputError(f"--process_id {flags.process_id}: from 0 to --process_count - 1, {flags.process_count - 1}")
+    global _together
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPU devices; others have their own
     try:
         jax.distributed.initialize(flags.coordinator, flags.process_count, flags.process_id)
@@ -53,6 +57,7 @@ def start(flags: argparse.Namespace) -> None:
             "" if given else "; where JAX cannot tell who is who, give --coordinator, --process_id and --process_count"
         )
         raise InputError(f"--distributed: {str(error).splitlines()[0]}{hint}") from error
+    _together = True
     if not first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
@@ -60,6 +65,25 @@ def start(flags: argparse.Namespace) -> None:
 def first() -> bool:
     """Whether this process writes what is written once."""
     return jax.process_index() == 0
+
+
+def together() -> bool:
+    """Whether there are others; does not start JAX."""
+    return _together
+
+
+def leave(code: int) -> None:
+    """Ends this process at once, after a fault; returns where there are no others.
+
+    An orderly end would wait for the others, which wait for this one. The service by which they know of each other lives in
+    the first, so it gives those that meet the same fault a moment to say so.
+    """
+    if not _together:
+        return
+    sys.stdout.flush()
+    if first():
+        time.sleep(3)
+    os._exit(code)
 
 
 def wait(where: str) -> None:

@@ -479,7 +479,13 @@ class Folder:
 
     def resolved(self) -> dict[str, Any]:
         """Contents of `run.json`: weights, classes, multilabel; and of a whole model, what it is."""
-        return _read_json(self.path / "run.json", ("weights", "classes", "multilabel"))
+        found = _read_json(self.path / "run.json", ("weights", "classes", "multilabel"))
+        classes, strings = found["classes"], lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x)
+        if not (isinstance(found["weights"], dict) and strings(classes) and isinstance(found["multilabel"], bool)):
+            raise InputError(
+                f"{self.path / 'run.json'}: weights, classes or multilabel are no such; restore it from a copy"
+            )
+        return found
 
     def results(self) -> dict[str, Any]:
         """Contents of `summary.json`."""
@@ -488,7 +494,18 @@ class Folder:
     def whole(self) -> dict[str, Any] | None:
         """What `build` needs of a run whose checkpoint holds the whole model; None for other runs."""
         resolved = self.resolved() if self.exists else {}
-        return {k: resolved[k] for k in ("weights", "model", "mean", "std")} if "model" in resolved else None
+        if "model" not in resolved:
+            return None
+        fields = ("source", "revision", "sha256"), ARCHITECTURE
+        try:
+            known = set(resolved["weights"]) == set(fields[0]) and set(resolved["model"]) == set(fields[1])
+            if known and all(len([float(x) for x in resolved[key]]) == 3 for key in ("mean", "std")):
+                return {k: resolved[k] for k in ("weights", "model", "mean", "std")}
+        except (TypeError, ValueError, KeyError):
+            pass
+        raise InputError(
+            f"{self.path / 'run.json'}: says of the model what this version does not write; restore it from a copy"
+        )
 
     def task(self, config: configs.Config) -> Task:
         """The task of the run, from its folder alone: its data need not be there. Loss weights are left out.
@@ -499,7 +516,7 @@ class Folder:
         try:
             with (self.path / "split.csv").open(encoding="utf-8", newline="") as file:
                 train_images = sum(row["split"] == "train" for row in csv.DictReader(file))
-        except (OSError, KeyError) as error:
+        except (OSError, KeyError, UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{self.path / 'split.csv'}: cannot be read ({error!r}); restore it from a copy") from None
         resolved = self.resolved()
         return Task(tuple(resolved["classes"]), resolved["multilabel"], _total_steps(config, train_images))

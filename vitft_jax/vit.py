@@ -288,6 +288,7 @@ _SIZES = {
     "small": {"width": 384, "depth": 12, "heads": 6, "hidden": 1536},
     "base": {"width": 768, "depth": 12, "heads": 12, "hidden": 3072},
     "large": {"width": 1024, "depth": 24, "heads": 16, "hidden": 4096},
+    "huge": {"width": 1280, "depth": 32, "heads": 16, "hidden": 5120},
 }
 _FAMILIES = {
     "vit": {},

@@ -155,7 +155,7 @@ def load(config: Any) -> Method:
     known = [module.name for module in pkgutil.iter_modules(__path__)]
     for i, name in enumerate(config.methods):
         if name not in known:
-            raise InputError(f"config.methods: unknown method {name!r}; {nearest(name, known)}")
+            raise InputError(f"config.methods: unknown method {name!r}; {nearest(str(name), known)}")
         if name in config.methods[:i]:
             raise InputError(f"config.methods: {name!r} occurs twice")
     return stack([importlib.import_module(f"{__name__}.{name}").method(config) for name in config.methods])

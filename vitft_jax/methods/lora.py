@@ -170,6 +170,9 @@ def settings_of(config: Any) -> Settings:
         InputError: A setting is out of range, or a regex does not compile.
     """
     c = config.lora
+    for pair in c.rank_pattern:
+        if not (isinstance(pair, tuple) and [type(part) for part in pair] == [str, int]):
+            raise InputError(f"lora.rank_pattern={c.rank_pattern}: pairs of a regex and a rank, such as (('fc1', 4),)")
     if c.rank < 1 or any(rank < 0 for _, rank in c.rank_pattern):
         raise InputError(
             f"lora.rank={c.rank}, lora.rank_pattern={c.rank_pattern}: a rank is at least 1 (0 in a pattern)"
@@ -184,7 +187,7 @@ def settings_of(config: Any) -> Settings:
             re.compile(pattern)
         except re.error as error:
             raise InputError(f"lora: {pattern!r} is none of {sorted(TARGETS)} and no regex: {error}") from None
-    return Settings(c.rank, c.alpha, targets, c.dropout, tuple((p, int(r)) for p, r in c.rank_pattern), c.rs)
+    return Settings(c.rank, c.alpha, targets, c.dropout, c.rank_pattern, c.rs)
 
 
 def method(config: Any) -> Method:

@@ -16,12 +16,12 @@ class MetricsLog:
         """Opens the log to go on after `step`; later lines of an interrupted run are dropped."""
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # the line that was being written when the run was killed
+                    at = json.loads(line)["step"]
+                except (ValueError, TypeError, KeyError):  # being written when the run was killed, or damaged since
                     continue
-                if entry["step"] <= step:
+                if isinstance(at, int) and at <= step:
                     kept.append(line + "\n")
         write_text(path, "".join(kept))
         self._path = path
