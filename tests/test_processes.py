@@ -89,12 +89,11 @@ def test_a_run_that_was_killed_ends_as_one_of_a_single_process(tiny_config, tmp_
     assert codes == [-signal.SIGKILL] * 2
     assert [line["step"] for line in lines(tmp_path / "two")] == [3, 3]
     shutil.copytree(tmp_path / "two", tmp_path / "moved")
-    for who, how, code in (("1", "SIGKILL", -signal.SIGKILL), ("0", "SIGKILL", -signal.SIGKILL), ("1", "input", 2)):
-        codes, _, errors = together("dies.py", f"2:{who}:{how}", *flags)
-        assert codes == [74, code][:: 1 if who == "1" else -1]
-        (survivor,) = [error for code, error in zip(codes, errors, strict=True) if code == 74]
-        assert "the processes lost each other" in survivor
-        assert "Traceback" not in survivor
+    codes, _, errors = together("dies.py", "2:1:input", *flags)  # it ends at once; the other with a message, or by JAX's hand
+    assert codes in ([74, 2], [-signal.SIGABRT, 2])
+    assert ("the processes lost each other" if codes[0] == 74 else "another task died") in errors[0]
+    assert "Traceback" not in errors[0]
+    assert errors[1].endswith("error: an image that only this process reads\n")
     codes, _, errors = together("dies.py", "2:1:SIGTERM", *flags)  # of one process, and all of them end at one step
     assert codes == [75, 75]
     assert "terminated; step" in errors[0]

@@ -97,11 +97,11 @@ def main(command: Callable[[], None]) -> None:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             if not processes.together():
                 raise
-            _end(
-                74,
+            _say(
                 f"error: the processes lost each other ({str(error).splitlines()[0]}); if another one said why it ended, "
-                "mend that, and start all of them again: they go on from the last checkpoint",
+                "mend that, and start all of them again: they go on from the last checkpoint"
             )
+            processes.leave(74, alone=False)
         first = (str(error) or "no more to be had").splitlines()[0]
         _end(
             74,

@@ -72,16 +72,17 @@ def together() -> bool:
     return _together
 
 
-def leave(code: int) -> None:
+def leave(code: int, alone: bool = True) -> None:
     """Ends this process at once, after a fault; returns where there are no others.
 
     An orderly end would wait for the others, which wait for this one. The service by which they know of each other lives in
-    the first, so it gives those that meet the same fault a moment to say so.
+    the first, so it gives those that meet the same fault a moment to say so; unless `alone` is False, where they are gone, and
+    JAX is about to abort what is left.
     """
     if not _together:
         return
     sys.stdout.flush()
-    if first():
+    if alone and first():
         time.sleep(3)
     os._exit(code)
 
