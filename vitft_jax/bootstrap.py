@@ -25,6 +25,7 @@ Statistics = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """Takes weights `(n, R)`; returns arrays `(..., R)` by name, NaN where a statistic is not defined under these weights."""
 
 _CHUNK = 2**21  # weights at a time: 16 MB, so that large splits need no more memory than small ones
+_SAME = 1e-12  # difference of a resample from the value that is only rounding
 _BLOCKS = 200  # at most so many parts of the groups are left out in turn to see how the spread changes
 _MOST_BIAS, _MOST_ACCELERATION, _FARTHEST = 1.0, 0.2, 4.0  # beyond, the formula of BCa nears its pole
 
@@ -57,7 +58,7 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
     units: Mapping[str, np.ndarray] | None = None,
-    shares: Sequence[str] = (),
+    ranges: Mapping[str, tuple[float, float]] | None = None,
     biased: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Values of statistics with their intervals.
@@ -70,14 +71,18 @@ def bootstrap(
         seed: Of the resamples.
         units: For some statistics, how many groups they rest on, `(...)`, such as those that have a class; others rest on
             all of them.
-        shares: Names of the statistics in 0..1 that are 1 (or 0) where there is no error, as a share of right images is. No
-            resample differs then; the other end is the exact (Clopper-Pearson) one of as many trials as there are groups.
+        ranges: Of the statistics that are like a share of images, such as accuracy (0 to 1) or a change of it (-1 to 1), the
+            lowest and the highest value. Where no resample differs from the value, as where there is no error, or where two
+            models decide alike, a share of the groups that is small enough may still be otherwise: its exact
+            (Clopper-Pearson) bound of none in as many trials as there are groups. The ends are the values with this share of
+            the groups at the lowest and at the highest.
         biased: Names of the statistics that are biased in small samples, as a mean of absolute values is. Their resamples have
             the same bias once more, so their intervals are mirrored at the value ("basic"), and cover less than they should.
 
     Returns:
         ``{name: {value, low, high}}``, or a list of such where a statistic has another dimension than the weightings.
-        `low` and `high` rest on the resamples in which the statistic is defined; they are NaN where there is only one group.
+        `low` and `high` rest on the resamples in which the statistic is defined. They are NaN, and `why` says so, where there
+        is only one group, and where no resample differs from the value of a statistic without a range.
     """
     count = int(_numbers(groups).max()) + 1
     values, drawn = once(function, len(groups)), draws(function, groups, resamples, seed)
@@ -85,22 +90,39 @@ def bootstrap(
     result = {}
     for name, value in values.items():
         behind = np.broadcast_to(count if units is None else units.get(name, count), value.shape)
+        span = (ranges or {}).get(name)
         found = []
         for i in np.ndindex(value.shape):
-            ends = (np.nan, np.nan)
-            if count > 1 and not math.isnan(value[i]):
-                n = int(behind[i])
-                row = drawn[name][i]
-                row = row[~np.isnan(row)]
-                if name in shares and value[i] in (0, 1):
-                    ends = _exact(float(value[i]), n, level)
-                elif n > 1 and row.size:
-                    tail = _tail(n, level)
-                    method = _basic if name in biased else _bca
-                    ends = method(float(value[i]), row, left_out[name][i], tail)
-            found.append({"value": float(value[i]), "low": float(ends[0]), "high": float(ends[1])})
+            ends, why = (math.nan, math.nan), "only one group"
+            if count > 1:
+                method = _basic if name in biased else _bca
+                ends, why = _ends(
+                    method, float(value[i]), drawn[name][i], left_out[name][i], int(behind[i]), level, span
+                )
+            told = {"value": float(value[i]), "low": float(ends[0]), "high": float(ends[1])}
+            found.append(told | {"why": why} if why else told)
         result[name] = found if value.ndim else found[0]
     return result
+
+
+def _ends(
+    method: Callable[[float, np.ndarray, np.ndarray, float], tuple[float, float]],
+    value: float,
+    drawn: np.ndarray,
+    left_out: np.ndarray,
+    groups: int,
+    level: float,
+    span: tuple[float, float] | None,
+) -> tuple[tuple[float, float], str]:
+    """The ends of one interval, and why there are none."""
+    drawn, none = drawn[~np.isnan(drawn)], (math.nan, math.nan)
+    if math.isnan(value) or not drawn.size:
+        return none, "undefined"
+    if np.abs(drawn - value).max() <= _SAME:
+        return (_exact(value, *span, groups, level), "") if span else (none, "the same in every resample")
+    if groups < 2:
+        return none, "only one group"
+    return method(value, drawn, left_out, _tail(groups, level)), ""
 
 
 def _tail(groups: int, level: float) -> float:
@@ -109,9 +131,9 @@ def _tail(groups: int, level: float) -> float:
     return float(stats.norm.cdf(-math.sqrt(groups / (groups - 1)) * t))
 
 
-def _exact(value: float, trials: int, level: float) -> tuple[float, float]:
-    far = ((1 - level) / 2) ** (1 / trials)
-    return (far, 1.0) if value == 1 else (0.0, 1 - far)
+def _exact(value: float, lowest: float, highest: float, trials: int, level: float) -> tuple[float, float]:
+    otherwise = 1 - ((1 - level) / 2) ** (1 / trials)
+    return value - otherwise * (value - lowest), value + otherwise * (highest - value)
 
 
 def _basic(value: float, drawn: np.ndarray, _: np.ndarray, tail: float) -> tuple[float, float]:

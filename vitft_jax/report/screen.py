@@ -1,15 +1,15 @@
 """What a command says on the screen: progress of training, tables of metrics."""
 
-import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from vitft_jax import metrics
+from vitft_jax.report import words
 
 PLAIN_LINES = 40
 
@@ -57,7 +57,7 @@ def print_results(title: str, splits: Mapping[str, Mapping[str, Mapping[str, flo
     for split in splits:
         table.add_column(f"{split} (95 % CI)", justify="right")
     for name in next(iter(splits.values())):
-        table.add_row(name, *(interval(values[name], name) for values in splits.values()))
+        table.add_row(name, *(Text(interval(values[name])) for values in splits.values()))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
@@ -67,14 +67,21 @@ def print_calibration(splits: Mapping[str, Mapping[str, Any]]) -> None:
         changed = (f"{name} {told['before'][name]:.3f} -> {told['after'][name]:.3f}" for name in told["before"])
         print(f"{split}: temperature {told['temperature']:.2f}, {', '.join(changed)}")
     if thresholds := told.get("thresholds"):
-        print(f"thresholds: {', '.join(f'{label} {value:.2f}' for label, value in thresholds.items())}")
+        why = told.get("one_half", {})
+        print(
+            "thresholds: "
+            + ", ".join(f"{c} {value:.2f}" + (f" ({why[c]})" if c in why else "") for c, value in thresholds.items())
+        )
 
 
-def interval(value: Mapping[str, float | None], name: str, sign: str = "") -> str:
+def interval(found: Mapping[str, Any], *, sign: str = "") -> str:
     """A metric with its interval, as text; says why, where there is none. `sign` '+' is for differences."""
-    number, low, high = (math.nan if value[key] is None else value[key] for key in ("value", "low", "high"))
-    if math.isnan(number):
-        return f"undefined: {metrics.why_undefined(name)}"
-    if math.isnan(low):
-        return f"{number:{sign}.3f} (only one group)"
-    return f"{number:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+    return "{} ({})".format(*words.shown(found, sign))
+
+
+def line(values: Mapping[str, float], why: Callable[[str], str]) -> str:
+    """Metrics on one line; `why` says why one is undefined."""
+    shown = (
+        (name, f"{value:.4f}" if words.defined(value) else f"undefined ({why(name)})") for name, value in values.items()
+    )
+    return "  ".join(f"{name} {value}" for name, value in shown)
