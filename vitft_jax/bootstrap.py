@@ -19,10 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 Statistics = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """Takes weights `(n, R)`; returns arrays `(..., R)` by name, NaN where a statistic is not defined under these weights."""
+_Method = Callable[[float, np.ndarray, np.ndarray, float], tuple[float, float]]
+"""An interval of a value, from draws `(R,)`, values without some of the groups `(B,)` and its half-width (`_deviations`)."""
 
 _CHUNK = 2**21  # weights at a time: 16 MB, so that large splits need no more memory than small ones
 _SAME = 1e-12  # difference of a resample from the value that is only rounding
@@ -60,6 +62,7 @@ def bootstrap(
     units: Mapping[str, np.ndarray] | None = None,
     ranges: Mapping[str, tuple[float, float]] | None = None,
     biased: Sequence[str] = (),
+    difference: bool = False,
 ) -> dict[str, Any]:
     """Values of statistics with their intervals.
 
@@ -78,6 +81,9 @@ def bootstrap(
             the groups at the lowest and at the highest.
         biased: Names of the statistics that are biased in small samples, as a mean of absolute values is. Their resamples have
             the same bias once more, so their intervals are mirrored at the value ("basic"), and cover less than they should.
+        difference: The statistics are differences of two models. Then all intervals are Student's with the standard deviation
+            of the resamples: such differences are about symmetric, and BCa's corrections, estimated from few groups on which
+            the models differ, add more noise than they mend.
 
     Returns:
         ``{name: {value, low, high}}``, or a list of such where a statistic has another dimension than the weightings.
@@ -95,7 +101,7 @@ def bootstrap(
         for i in np.ndindex(value.shape):
             ends, why = (math.nan, math.nan), "only one group"
             if count > 1:
-                method = _basic if name in biased else _bca
+                method = _student if difference else _basic if name in biased else _bca
                 ends, why = _ends(
                     method, float(value[i]), drawn[name][i], left_out[name][i], int(behind[i]), level, span
                 )
@@ -106,7 +112,7 @@ def bootstrap(
 
 
 def _ends(
-    method: Callable[[float, np.ndarray, np.ndarray, float], tuple[float, float]],
+    method: _Method,
     value: float,
     drawn: np.ndarray,
     left_out: np.ndarray,
@@ -122,13 +128,12 @@ def _ends(
         return (_exact(value, *span, groups, level), "") if span else (none, "the same in every resample")
     if groups < 2:
         return none, "only one group"
-    return method(value, drawn, left_out, _tail(groups, level)), ""
+    return method(value, drawn, left_out, _deviations(groups, level)), ""
 
 
-def _tail(groups: int, level: float) -> float:
-    """Share of the draws beyond each end."""
-    t = stats.t.ppf((1 + level) / 2, groups - 1)
-    return float(stats.norm.cdf(-math.sqrt(groups / (groups - 1)) * t))
+def _deviations(groups: int, level: float) -> float:
+    """How many standard deviations of the resamples are as wide as Student's interval to either side."""
+    return math.sqrt(groups / (groups - 1)) * float(special.stdtrit(groups - 1, (1 + level) / 2))
 
 
 def _exact(value: float, lowest: float, highest: float, trials: int, level: float) -> tuple[float, float]:
@@ -136,22 +141,26 @@ def _exact(value: float, lowest: float, highest: float, trials: int, level: floa
     return value - otherwise * (value - lowest), value + otherwise * (highest - value)
 
 
-def _basic(value: float, drawn: np.ndarray, _: np.ndarray, tail: float) -> tuple[float, float]:
+def _student(value: float, drawn: np.ndarray, _: np.ndarray, deviations: float) -> tuple[float, float]:
+    half = deviations * float(drawn.std())
+    return value - half, value + half
+
+
+def _basic(value: float, drawn: np.ndarray, _: np.ndarray, deviations: float) -> tuple[float, float]:
     """The basic interval of a value that is at least 0, widened to hold it."""
-    low, high = np.quantile(drawn, [tail, 1 - tail])
+    low, high = np.quantile(drawn, special.ndtr([-deviations, deviations]))
     return min(max(0.0, 2 * value - high), value), max(2 * value - low, value)
 
 
-def _bca(value: float, drawn: np.ndarray, left_out: np.ndarray, tail: float) -> tuple[float, float]:
-    """The BCa interval of a value, of draws `(R,)` and of values without some of the groups `(B,)`."""
+def _bca(value: float, drawn: np.ndarray, left_out: np.ndarray, deviations: float) -> tuple[float, float]:
     below = np.mean(drawn < value) + np.mean(drawn == value) / 2
-    bias = float(np.clip(stats.norm.ppf(below), -_MOST_BIAS, _MOST_BIAS))
+    bias = float(np.clip(special.ndtri(below), -_MOST_BIAS, _MOST_BIAS))
     change = np.nanmean(left_out) - left_out[~np.isnan(left_out)] if (~np.isnan(left_out)).any() else np.zeros(1)
     squares = float((change**2).sum())
     acceleration = float((change**3).sum()) / (6 * squares**1.5) if squares > 0 else 0.0
     acceleration = min(max(acceleration, -_MOST_ACCELERATION), _MOST_ACCELERATION)
-    ends = np.clip(bias + stats.norm.ppf([tail, 1 - tail]), -_FARTHEST, _FARTHEST)
-    low, high = np.quantile(drawn, stats.norm.cdf(bias + ends / (1 - acceleration * ends)))
+    ends = np.clip(bias + np.array([-deviations, deviations]), -_FARTHEST, _FARTHEST)
+    low, high = np.quantile(drawn, special.ndtr(bias + ends / (1 - acceleration * ends)))
     return min(low, value), max(high, value)
 
 

@@ -334,6 +334,7 @@ def change(
         seed,
         units={name: np.minimum(units[0][name], units[1][name]) for name in units[0]},
         ranges={name: (-1.0, 1.0) for name in names(labels.ndim == 2) if name not in CALIBRATED},
+        difference=True,
     )
     first, second = (undefined.Reasons(d, labels, classes, MEANS_OVER_CLASSES) for d in decided)
     return {name: _explained(value, first.of(name) or second.of(name)) for name, value in found.items()}

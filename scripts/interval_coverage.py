@@ -1,6 +1,6 @@
 """How often 95 % intervals hold the truth, in simulated sets of images with groups, as Markdown tables on the screen.
 
-    python scripts/coverage.py --sets 400 --groups 15 30 60
+    python scripts/interval_coverage.py --sets 400 --groups 15 30 60
 
 Every set goes the way of a run's results: `metrics.assess` for the values of a model, `metrics.change` for the difference to
 a second one, which is a little better and errs on much the same images. The truth is what the same metrics say of 200,000
