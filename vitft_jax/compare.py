@@ -2,8 +2,9 @@
 
 Reads `predictions_<split>.csv` of both. The bootstrap resamples groups and takes the difference of the two runs within each
 resample, so what makes images hard for both cancels: such an interval is narrower than what two separate intervals suggest.
-Where both decide alike on all images it is not zero wide: on other images they may not, see `bootstrap.bootstrap`. It says how far the difference would vary with other images of this kind; not with other seeds of the training, for which each
-run should be repeated.
+Where both decide alike on all images it is not zero wide: on other images they may not, see `bootstrap.bootstrap`. It says how
+far the difference would vary with other images of this kind; not with other seeds of the training, for which each run should be
+repeated.
 """
 
 import sys

@@ -17,9 +17,9 @@ _PAIRS = 20  # confusions that stand for it then
 _SMALLEST = 5e-7  # probability: files hold six digits
 
 HOW_TO_READ = (
-    "Intervals are 95 % bootstrap intervals (BCa; of differences, Student's), resampled by group (patient or video): what other "
-    "images of this kind would change, not what another training would. With few groups or a rare class they are wide, and "
-    "wide is what they should be."
+    "Intervals are 95 % bootstrap intervals (BCa; of differences, Student's), resampled by group (patient or video): what "
+    "other images of this kind would change, not what another training would. With few groups or a rare class they are wide, "
+    "and wide is what they should be."
 )
 
 
