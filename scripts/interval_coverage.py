@@ -10,7 +10,6 @@ other groups. A group has one to four images of one class (or the same labels), 
 import argparse
 import functools
 import math
-import multiprocessing
 from collections import Counter
 from collections.abc import Iterator
 
@@ -92,17 +91,9 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=400, help="of each kind (default: %(default)s)")
     parser.add_argument("--groups", type=int, nargs="+", default=[15, 30, 60], help="of each set (default: 15 30 60)")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, help="default: all")
-    parser.add_argument("--processes", type=int, default=1, help="default: %(default)s")
     flags = parser.parse_args()
-    parts = [range(start, min(start + 20, flags.sets)) for start in range(0, flags.sets, 20)]
     for task in flags.tasks:
-        truth(task)  # before the processes are there, which inherit it
-        with multiprocessing.Pool(flags.processes) as pool:
-            jobs = [(task, groups, part) for groups in flags.groups for part in parts]
-            found = {groups: Counter() for groups in flags.groups}
-            for (_, groups, _), counts in zip(jobs, pool.starmap(covered, jobs, 1), strict=True):
-                found[groups] = found[groups] + counts
-        _print(task, found)
+        _print(task, {groups: covered(task, groups, range(flags.sets)) for groups in flags.groups})
 
 
 def _print(task: str, found: dict[int, Counter]) -> None:

@@ -155,14 +155,14 @@ def test_the_interval_of_a_difference_is_symmetric_and_students():
     p, labels, groups = p[first], labels[first], groups[first]
     q = metrics.probabilities(np.log(p) + rng.normal(size=p.shape), False)
     decided = (p.argmax(1), q.argmax(1))
-    there = metrics.change(p, q, labels, groups, decided, "abc", 20_000)
-    back = metrics.change(q, p, labels, groups, decided[::-1], "abc", 20_000)
+    there = metrics.change(p, q, labels, groups, decided, "abc", 4000)
+    back = metrics.change(q, p, labels, groups, decided[::-1], "abc", 4000)
     for name, found in there.items():
         assert found["high"] - found["value"] == pytest.approx(found["value"] - found["low"]), name
         assert [found["low"], found["high"]] == pytest.approx([-back[name]["high"], -back[name]["low"]]), name
     gained = (decided[1] == labels).astype(float) - (decided[0] == labels)
     half = stats.t.ppf(0.975, 199) * gained.std(ddof=1) / np.sqrt(200)
-    assert there["accuracy"]["high"] - there["accuracy"]["value"] == pytest.approx(half, rel=0.03)
+    assert there["accuracy"]["high"] - there["accuracy"]["value"] == pytest.approx(half, rel=0.05)
 
 
 def test_no_change_is_no_certainty():
@@ -173,7 +173,7 @@ def test_no_change_is_no_certainty():
     bound = stats.binomtest(0, 60).proportion_ci(0.95, method="exact").high
     for name in ("accuracy", "precision_weighted", "f1_weighted"):
         assert [found[name][key] for key in ("low", "value", "high")] == pytest.approx([-bound, 0, bound]), name
-    assert found["f1_macro"]["high"] >= bound
+    assert found["f1_macro"]["high"] >= 0.999 * bound
     for name in metrics.CALIBRATED:  # which do change
         assert found[name]["low"] < found[name]["high"], name
     same = metrics.change(p, p, labels, groups, (p.argmax(1),) * 2, "abc", 50)
