@@ -39,11 +39,12 @@ class Screen:
         self._bar.stop()
 
     def step(self, done: int, loss: float, images_per_second: float, seconds_left: float) -> None:
-        """Shows where training is; without a bar, `PLAIN_LINES` lines over the whole of it."""
-        text = f"loss {loss:.4f}  {images_per_second:.1f} images/s"
-        self._bar.update(self._task, completed=done, text=text)
+        """Shows where training is; without a bar, `PLAIN_LINES` lines over the whole of it. NaN is not known yet."""
+        numbers = {"loss {:.4f}": loss, "{:.1f} images/s": images_per_second, "{:.0f} s left": seconds_left}
+        known = [text.format(number) for text, number in numbers.items() if words.defined(number)]
+        self._bar.update(self._task, completed=done, text="  ".join(known[:2]))  # the bar tells the time itself
         if not self._console.is_terminal and done % max(1, self._total // PLAIN_LINES) == 0:
-            print(f"step {done}/{self._total}  {text}  {seconds_left:.0f} s left", flush=True)
+            print("  ".join([f"step {done}/{self._total}", *known]), flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
