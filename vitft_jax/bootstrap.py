@@ -139,8 +139,10 @@ def _ends(
 ) -> tuple[tuple[float, float], str]:
     """The ends of one interval, and why there are none."""
     drawn, none = drawn[~np.isnan(drawn)], (math.nan, math.nan)
-    if math.isnan(value) or not drawn.size:
-        return none, "undefined"
+    if math.isnan(value):
+        return none, "not defined for these images"
+    if not drawn.size:
+        return none, "not defined in any resample"
     if np.abs(drawn - value).max() <= _SAME:
         return (_exact(value, *span, groups, level), "") if span else (none, "the same in every resample")
     if groups < 2:
