@@ -173,7 +173,7 @@ def table(runs: Sequence[Run], found: Sequence[dict[str, list[float]]], metrics:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r, by_work in zip(runs, found, strict=True):
         cells = [r.path.name, r.skips, f"{r.flops / runs[0].flops:.3f}"]
-        cells += [report.interval(r.metrics[name], name) for name in metrics]
+        cells += [report.interval(r.metrics[name]) for name in metrics]
         for work in columns:
             first, ours = found[0].get(work), by_work.get(work)
             compared = ours and first and r is not runs[0]

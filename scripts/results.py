@@ -19,10 +19,10 @@ def cell(summaries: list[dict[str, Any]], split: str, metric: str) -> str:
     """One number with its spread."""
     found = [summary["metrics"][split][metric] for summary in summaries]
     if len(found) == 1:
-        return report.interval(found[0], metric)
+        return report.interval(found[0])
+    if undefined := [item for item in found if item["value"] is None]:
+        return report.interval(undefined[0])
     values = [item["value"] for item in found]
-    if None in values:
-        return f"undefined: {metrics.why_undefined(metric)}"
     return f"{statistics.mean(values):.3f} [{min(values):.3f} to {max(values):.3f}]"
 
 

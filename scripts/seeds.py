@@ -47,11 +47,11 @@ def pooled_change(before: Sequence[Path], after: Sequence[Path], split: str = "t
         old, new = pairs[i]
         return metrics.paired(old.probabilities, new.probabilities, old.labels, (old.decided, new.decided))(weights)
 
-    return _bootstrap(read[0], of)
+    return _bootstrap(read[0], of, difference=True)
 
 
 def _bootstrap(
-    read: Sequence[Predictions], of: Callable[[int, np.ndarray], Mapping[str, np.ndarray]]
+    read: Sequence[Predictions], of: Callable[[int, np.ndarray], Mapping[str, np.ndarray]], difference: bool = False
 ) -> dict[str, dict[str, float]]:
     """Means over seeds of what `of` says of a seed under weights of its images."""
     ends = np.cumsum([len(one.names) for one in read])
@@ -61,4 +61,4 @@ def _bootstrap(
         return {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
 
     groups = [group for one in read for group in one.groups]
-    return bootstrap.bootstrap(mean, groups, metrics.RESAMPLES)
+    return bootstrap.bootstrap(mean, groups, metrics.RESAMPLES, difference=difference)

@@ -79,7 +79,7 @@ def markdown(
         values, first = dict(row), told[jobs[0].name]
         cells = [values["arm"]] * named + [str(values[key]) for key in keys]
         cells += [str(len(jobs)), f"{first['parameters']['trainable_percent']:.2f} %", f"{_bytes(first) / 1e6:.1f}"]
-        cells += [report.interval(pooled[row][name], name) for name in shown]
+        cells += [report.interval(pooled[row][name]) for name in shown]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -21,28 +21,19 @@ def simulated(rng, groups):
     return metrics.probabilities(logits, False), labels, of_group.astype(str)
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say():
-    """95 % intervals of 400 sets of 60 groups cover within 3 standard errors, 3.3 points, of 95 %; by image far less often."""
+def test_groups_and_not_images_are_what_varies():
+    """95 % intervals of an accuracy by group hold the truth in 95 % of 400 sets, but for 3 standard errors; not so by image."""
     p, labels, _ = simulated(np.random.default_rng(1), 100_000)
-    truth = metrics.compute(p, labels, False)
-    shown = ("accuracy", "f1_macro", "auroc", "brier")
-    covered = dict.fromkeys((*shown, "by image"), 0)
+    truth, held = np.mean(p.argmax(1) == labels), np.zeros(2)
     for trial in range(400):
         p, labels, groups = simulated(np.random.default_rng(1000 + trial), 60)
-
-        def few(weights, p=p, labels=labels):
-            values = metrics.weighted(p, p.argmax(1), labels, weights)
-            return {name: values[name] for name in shown}
-
-        found = bootstrap.bootstrap(few, groups, resamples=200, seed=trial)
-        for name in shown:
-            covered[name] += found[name]["low"] <= truth[name] <= found[name]["high"]
-        by_image = bootstrap.bootstrap(mean_of(p.argmax(1) == labels), np.arange(len(labels)), 200)["mean"]
-        covered["by image"] += by_image["low"] <= truth["accuracy"] <= by_image["high"]
+        accuracy = mean_of(p.argmax(1) == labels)
+        for i, by in enumerate((groups, np.arange(len(labels)))):
+            found = bootstrap.bootstrap(accuracy, by, 200)["mean"]
+            held[i] += found["low"] <= truth <= found["high"]
     error = 3 * np.sqrt(0.95 * 0.05 / 400)
-    for name in shown:
-        assert abs(covered[name] / 400 - 0.95) <= error, (name, covered[name] / 400)
-    assert covered["by image"] / 400 < 0.95 - 2 * error
+    assert abs(held[0] / 400 - 0.95) <= error
+    assert held[1] / 400 < 0.95 - 2 * error
 
 
 def test_the_interval_of_a_mean_is_students():
@@ -121,7 +112,7 @@ def test_no_error_is_no_certainty():
     for name in ("auroc", "f1_macro", "balanced_accuracy", "average_precision"):
         assert found["metrics"][name]["value"] == found["metrics"][name]["high"] == 1
         assert 0.1 < found["metrics"][name]["low"] < 0.6, name
-    none = bootstrap.bootstrap(mean_of(np.zeros(12)), groups, 50, shares=("mean",))["mean"]
+    none = bootstrap.bootstrap(mean_of(np.zeros(12)), groups, 50, ranges={"mean": (0, 1)})["mean"]
     assert (none["low"], none["high"]) == (0, pytest.approx(1 - exact.low))
 
 
@@ -129,6 +120,7 @@ def test_one_group_says_nothing_of_others():
     found = bootstrap.bootstrap(mean_of(np.array([0.0, 1.0, 1.0])), ["a"] * 3, 50)["mean"]
     assert found["value"] == pytest.approx(2 / 3)
     assert np.isnan([found["low"], found["high"]]).all()
+    assert found["why"] == "only one group"
 
 
 def test_intervals_hold_the_value_and_repeat_by_seed():
@@ -146,12 +138,45 @@ def test_a_paired_change_is_narrower_than_two_intervals():
     p, labels, groups = simulated(rng, 60)
     other = metrics.probabilities(np.log(p) + 0.2 * rng.normal(size=p.shape), False)
     decided = (p.argmax(1), other.argmax(1))
-    change = metrics.change(p, other, labels, groups, decided, 500)
+    change = metrics.change(p, other, labels, groups, decided, "abc", 500)
     before, after = (metrics.intervals(q, labels, groups, False, 500) for q in (p, other))
     for name, value in change.items():
         assert value["value"] == after[name]["value"] - before[name]["value"], name
     for name in ("accuracy", "auroc", "loss"):
         width = change[name]["high"] - change[name]["low"]
         assert 0 < width < 0.6 * (before[name]["high"] - before[name]["low"]), name
-    same = metrics.change(p, p, labels, groups, (decided[0],) * 2, 50)
-    assert all(v == {"value": 0, "low": 0, "high": 0} for v in same.values())
+
+
+def test_the_interval_of_a_difference_is_symmetric_and_students():
+    """As wide as Student's of the differences of independent images, and the opposite where the models change places."""
+    rng = np.random.default_rng(0)
+    p, labels, groups = simulated(rng, 200)
+    first = np.unique(groups, return_index=True)[1]
+    p, labels, groups = p[first], labels[first], groups[first]
+    q = metrics.probabilities(np.log(p) + rng.normal(size=p.shape), False)
+    decided = (p.argmax(1), q.argmax(1))
+    there = metrics.change(p, q, labels, groups, decided, "abc", 4000)
+    back = metrics.change(q, p, labels, groups, decided[::-1], "abc", 4000)
+    for name, found in there.items():
+        assert found["high"] - found["value"] == pytest.approx(found["value"] - found["low"]), name
+        assert [found["low"], found["high"]] == pytest.approx([-back[name]["high"], -back[name]["low"]]), name
+    gained = (decided[1] == labels).astype(float) - (decided[0] == labels)
+    half = stats.t.ppf(0.975, 199) * gained.std(ddof=1) / np.sqrt(200)
+    assert there["accuracy"]["high"] - there["accuracy"]["value"] == pytest.approx(half, rel=0.05)
+
+
+def test_no_change_is_no_certainty():
+    """Models that decide alike on all of 60 groups: the share of groups on which they do not is 0 to 0.0596, either way."""
+    p, labels, groups = simulated(np.random.default_rng(2), 60)
+    sure = metrics.probabilities(2 * np.log(p), False)
+    found = metrics.change(p, sure, labels, groups, (p.argmax(1),) * 2, "abc", 50)
+    bound = stats.binomtest(0, 60).proportion_ci(0.95, method="exact").high
+    for name in ("accuracy", "precision_weighted", "f1_weighted"):
+        assert [found[name][key] for key in ("low", "value", "high")] == pytest.approx([-bound, 0, bound]), name
+    assert found["f1_macro"]["high"] >= 0.999 * bound
+    for name in metrics.CALIBRATED:  # which do change
+        assert found[name]["low"] < found[name]["high"], name
+    same = metrics.change(p, p, labels, groups, (p.argmax(1),) * 2, "abc", 50)
+    assert same["auroc"]["low"] == -same["auroc"]["high"] < -bound / 2
+    assert same["brier"]["why"] == "the same in every resample"
+    assert np.isnan([same["brier"]["low"], same["brier"]["high"]]).all()

@@ -45,7 +45,7 @@ def test_every_metric_with_its_paired_difference(tmp_path, capsys):
     result = compare.compare(a, b)
     assert (result["images"], result["groups"]) == (90, 30)
     old, new = metrics.compute(p, labels, False), metrics.compute(q, labels, False)
-    change = metrics.change(p, q, labels, groups, (p.argmax(1), q.argmax(1)), metrics.RESAMPLES)
+    change = metrics.change(p, q, labels, groups, (p.argmax(1), q.argmax(1)), CLASSES, metrics.RESAMPLES)
     assert tuple(result["metrics"]) == metrics.MULTICLASS
     for name, found in result["metrics"].items():
         assert (found["a"], found["b"]) == (old[name], new[name]), name
@@ -57,6 +57,7 @@ def test_every_metric_with_its_paired_difference(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"{result['metrics']['accuracy']['value']:+.3f} (" in printed
     assert "brier (lower is better)" in printed
+    assert f"decide alike on {(p.argmax(1) == q.argmax(1)).sum()} of the 90 images" in printed
     assert "No McNemar test" in printed
 
 
@@ -67,8 +68,25 @@ def test_b_and_a_exchanged_is_the_opposite(tmp_path):
     for name in there:
         assert there[name]["value"] == -back[name]["value"], name
         assert there[name]["share_better"] == pytest.approx(1 - back[name]["share_better"]), name
-    same = compare.compare(a, a)["metrics"]
-    assert all(m["value"] == m["low"] == m["high"] == 0 and m["share_better"] == 0.5 for m in same.values())
+
+
+def test_a_run_and_itself_are_not_the_same_for_certain(tmp_path, capsys):
+    """No image of 30 groups tells them apart: as if none of 30 trials had, where up to 0.116 might (Clopper-Pearson)."""
+    p, _, labels, groups = models()
+    a = write(tmp_path / "a", p, labels, groups)
+    result = compare.compare(a, a)
+    same, bound = result["metrics"], stats.binomtest(0, 30).proportion_ci(0.95, method="exact").high
+    assert result["same"] == 90
+    assert all(m["value"] == 0 and m["share_better"] == 0.5 for m in same.values())
+    assert [same["accuracy"]["low"], same["accuracy"]["high"]] == pytest.approx([-bound, bound])
+    assert [same["auroc"]["low"], same["auroc"]["high"]] == pytest.approx([-bound, bound])
+    for name in metrics.CALIBRATED:  # which are no shares of images, so nothing bounds them
+        assert math.isnan(same[name]["low"])
+        assert same[name]["why"] == "the same in every resample"
+    compare.show(a, a, "test", result)
+    printed = capsys.readouterr().out
+    assert "+0.000 (-0.116 to +0.116)" in printed
+    assert "decide alike on 90 of the 90 images" in printed
 
 
 def test_mcnemar_by_hand(tmp_path):
@@ -91,14 +109,15 @@ def test_several_labels_and_undefined_metrics(tmp_path, capsys):
     p, q, labels, groups = models()
     truth = np.eye(3, dtype=int)[labels]
     truth[:, 2] = 0
-    a, b = (write(tmp_path / name, x, truth, groups) for name, x in (("a", p), ("b", q)))
+    hostile = ("a", "b", "[c]")  # no markup of the screen's
+    a, b = (write(tmp_path / name, x, truth, groups, hostile) for name, x in (("a", p), ("b", q)))
     result = compare.compare(a, b)
     assert tuple(result["metrics"]) == metrics.MULTILABEL
     assert math.isnan(result["metrics"]["auroc"]["value"])
     assert math.isnan(result["metrics"]["auroc"]["share_better"])
     assert result["mcnemar"] is None
     compare.show(a, b, "test", result)
-    assert "undefined: a class is absent" in capsys.readouterr().out
+    assert "undefined (no image has '[c]')" in capsys.readouterr().out
 
 
 def test_runs_that_cannot_be_compared(tmp_path):
@@ -115,5 +134,12 @@ def test_runs_that_cannot_be_compared(tmp_path):
         with pytest.raises(InputError) as error:
             compare.compare(a, b)
         assert message in str(error.value)
+    names = [f"{i}.png" for i in range(90)]
+    twice = write(
+        tmp_path / "twice", np.r_[q, q[:1]], np.r_[labels, labels[:1]], [*groups, groups[0]], names=[*names, "0.png"]
+    )
+    for pair in ((a, twice), (twice, a)):
+        with pytest.raises(InputError, match=r"twice.*: '0\.png' is in its table of predictions more than once"):
+            compare.compare(*pair)
     with pytest.raises(InputError, match="no table of predictions"):
         compare.compare(a, tmp_path / "nowhere")

@@ -69,10 +69,10 @@ def test_what_cannot_stand_on_one_page(tmp_path):
 def test_undefined_metrics_and_many_runs(tmp_path):
     a = folders.write(tmp_path / "a")
     summary = json.loads((a / "summary.json").read_text())
-    summary["metrics"]["test"]["auroc"] = dict.fromkeys(("value", "low", "high"))
+    summary["metrics"]["test"]["auroc"] = dict.fromkeys(("value", "low", "high")) | {"why": "no image is 'x'"}
     (a / "summary.json").write_text(json.dumps(summary))
     parsed = rendered(*[a] * 9)
-    assert "AUROC undefined: a class is absent undefined: a class is absent" in parsed.text
+    assert "AUROC undefined: no image is 'x' undefined: no image is 'x'" in parsed.text
     assert "The first 8 runs are drawn." in parsed.text
 
 

@@ -15,6 +15,11 @@ def test_it_comes_back_as_it_was(tmp_path):
     assert len(set(fitted.thresholds)) == 2
     decision.write(tmp_path, fitted, ("a", "b"))
     assert decision.read(tmp_path) == fitted
+    few = decision.fit(Z, np.stack([labels[:, 0], np.arange(60) < 4], 1), range(60), "f1")
+    assert few.thresholds[1] == pytest.approx(0.5)
+    assert few.told(("a", "b"))["one_half"] == {"b": "in 4 validation groups, 10 are needed"}
+    decision.write(tmp_path, few, ("a", "b"))
+    assert decision.read(tmp_path) == few
     several = decision.fit(Z, labels.argmax(axis=1), range(60), "f1")
     assert several.thresholds == ()
     decision.write(tmp_path, several, ("a", "b"))

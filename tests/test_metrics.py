@@ -169,19 +169,25 @@ def test_thresholds_of_labels():
 
 UNDEFINED = {
     "a class that never occurs": (
-        False, [0, 1, 1, 0], {"auroc", "average_precision", "recall_macro"},
-        {"2/sensitivity", "2/auroc", "2/average_precision"},
+        False, [0, 1, 1, 0], dict.fromkeys(("auroc", "average_precision", "recall_macro"), "no image is 'cyst'"),
+        dict.fromkeys(("2/sensitivity", "2/auroc", "2/average_precision"), "no image is 'cyst'"),
     ),
     "one class alone": (
-        False, [1, 1, 1, 1], {"auroc", "average_precision", "recall_macro"},
-        {f"{c}/{m}" for c in "02" for m in ("sensitivity", "auroc", "average_precision")} | {"1/specificity", "1/auroc"},
+        False, [1, 1, 1, 1],
+        {"auroc": "no image is 'fluid' or 'cyst'; every image is 'mass'"}
+        | dict.fromkeys(("average_precision", "recall_macro"), "no image is 'fluid' or 'cyst'"),
+        {f"0/{m}": "no image is 'fluid'" for m in ("sensitivity", "auroc", "average_precision")}
+        | {f"2/{m}": "no image is 'cyst'" for m in ("sensitivity", "auroc", "average_precision")}
+        | dict.fromkeys(("1/specificity", "1/auroc"), "every image is 'mass'"),
     ),
     "a label that no image has": (
-        True, [[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]], {"auroc", "average_precision"},
-        {"2/sensitivity", "2/auroc", "2/average_precision"},
+        True, [[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]],
+        dict.fromkeys(("auroc", "average_precision"), "no image has 'cyst'"),
+        dict.fromkeys(("2/sensitivity", "2/auroc", "2/average_precision"), "no image has 'cyst'"),
     ),
     "a label that every image has": (
-        True, [[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]], {"auroc"}, {"2/specificity", "2/auroc"},
+        True, [[1, 0, 1], [0, 1, 1], [1, 1, 1], [0, 0, 1]], {"auroc": "every image has 'cyst'"},
+        dict.fromkeys(("2/specificity", "2/auroc"), "every image has 'cyst'"),
     ),
 }  # fmt: skip
 
@@ -190,22 +196,53 @@ UNDEFINED = {
 def test_what_is_undefined_is_said_and_not_zeroed(case):
     many, labels, scalars, of_class = UNDEFINED[case]
     labels = np.array(labels)
-    found = metrics.assess(P, metrics.decisions(P, many), labels, list("abcd"), list("012"), resamples=20)
-    assert {name for name, v in found["metrics"].items() if math.isnan(v["value"])} == scalars
-    each = {f"{c}/{name}": v for c, values in found["per_class"].items() for name, v in values.items()}
-    assert {name for name, v in each.items() if "/images" not in name and math.isnan(v["value"])} == of_class
-    for value in [found["metrics"][name] for name in scalars] + [each[name] for name in of_class]:
-        assert all(math.isnan(v) for v in value.values())
+    decided, classes = metrics.decisions(P, many), ["fluid", "mass", "cyst"]
+    found = metrics.assess(P, decided, labels, list("abcd"), classes, resamples=20)
+    whole = found["metrics"]
+    each = {f"{i}/{name}": found["per_class"][c][name] for i, c in enumerate(classes) for name in metrics.PER_CLASS}
+    for values, why in ((whole, scalars), (each, of_class)):
+        undefined = {name: v for name, v in values.items() if math.isnan(v["value"])}
+        assert {name: v["why"] for name, v in undefined.items()} == why
+        assert all(math.isnan(v[end]) for v in undefined.values() for end in ("low", "high"))
+    change = metrics.change(P, P, labels, list("abcd"), (decided, decided), classes, resamples=20)
+    assert {name: v["why"] for name, v in change.items() if math.isnan(v["value"])} == scalars
+    for name, why in scalars.items():
+        assert metrics.why_undefined(name, decided, labels, classes) == why
 
 
 def test_precision_of_a_class_that_is_never_decided_is_undefined():
     p = np.array([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.1, 0.8, 0.1]])
     values = metrics.compute(p, np.array([0, 1, 2]), False)
     assert {name for name, value in values.items() if math.isnan(value)} == {"precision_macro", "precision_weighted"}
-    assert "never decided" in metrics.why_undefined("precision_macro")
-    labels = metrics.compute(p, np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0]]), True)
-    assert math.isnan(labels["f1_macro"])  # the third label neither occurs nor is it decided
+    classes = ["a", "b", "c", "d"]
+
+    def why(name, decided, labels):
+        return metrics.why_undefined(name, np.array(decided), np.array(labels), classes)
+
+    assert why("precision_macro", [0, 0, 1], [0, 1, 2]) == "'c' and 'd' are never decided"
+    assert why("precision_weighted", [0, 0, 1], [0, 1, 2]) == "'c' is never decided"  # 'd' has no weight
+    assert why("precision_macro", [0, 0, 0], [0, 1, 2]) == "'b', 'c' and 'd' are never decided"
+    truth = np.array([[1, 0, 0], [0, 1, 0], [0, 1, 0]])
+    labels = metrics.compute(p, truth, True)
+    assert math.isnan(labels["f1_macro"])
+    decided = metrics.decisions(p, True)
+    assert metrics.why_undefined("f1_macro", decided, truth, list("abc")) == "no image has 'c', nor is 'c' ever decided"
     assert labels["f1_micro"] > 0
+    none = metrics.compute(p / 2, 0 * truth, True)
+    assert math.isnan(none["f1_micro"])
+    assert "none is decided" in metrics.why_undefined("f1_micro", 0 * truth, 0 * truth, list("abc"))
+
+
+def test_of_many_classes_two_are_named():
+    classes = [f"c{i}" for i in range(9)]
+    why = metrics.why_undefined("auroc", np.zeros(4, int), np.array([0, 1, 1, 0]), classes)
+    assert why == "no image is 'c2', 'c3' or 5 others"
+
+
+def test_a_probability_that_is_no_number_is_the_reason_of_last_resort():
+    p = np.array([[0.6, 0.4], [np.nan, np.nan]])
+    assert math.isnan(metrics.compute(p, np.array([0, 1]), False)["loss"])
+    assert "not a number" in metrics.why_undefined("loss", np.array([0, 0]), np.array([0, 1]), ["a", "b"])
 
 
 @pytest.mark.parametrize("task", [multiclass, multilabel])

@@ -73,14 +73,14 @@ def test_names_from_outside_are_only_text(tmp_path):
 def test_what_the_run_could_not_tell(tmp_path):
     path = folders.write(tmp_path / "run")
     summary = json.loads((path / "summary.json").read_text())
-    summary["metrics"]["test"]["auroc"] = dict.fromkeys(("value", "low", "high"))
+    summary["metrics"]["test"]["auroc"] = dict.fromkeys(("value", "low", "high")) | {"why": "no image is '<x>'"}
     (path / "summary.json").write_text(json.dumps(summary))
     table = (path / "split.csv").read_text().splitlines()
     rows = [line.split(",") for line in table[1:]]
     (path / "split.csv").write_text("\n".join([table[0], *(f"{r[0]},{r[1]},{r[0]},{r[3]}" for r in rows)]) + "\n")
     text = model_card.render(path)
-    assert "| AUROC | undefined | a class is absent |" in text
-    assert "- AUROC: undefined here, as a class is absent." in text
+    assert "| AUROC | undefined | no image is '&lt;x&gt;' |" in text
+    assert "- AUROC: undefined here, as no image is '&lt;x&gt;'." in text
     assert "every image is a group of its own here" in text
     folders.unfinished(path)
     text = model_card.render(path)

@@ -14,7 +14,7 @@ from scipy import stats
 from support import lines
 
 from vitft_jax import config as configs
-from vitft_jax import data, evaluate, metrics, run, train
+from vitft_jax import data, evaluate, metrics, model_card, run, train
 from vitft_jax.errors import InputError
 from vitft_jax.report import charts, examples, markup, page, record, results, words
 from vitft_jax.report.__main__ import main
@@ -193,11 +193,22 @@ def test_control_characters_and_halves_of_surrogates_can_be_written():
     assert markup.text("a\x00\x1b[2J\ud800<") == "a\ufffd\ufffd[2J?&lt;"
 
 
+def test_a_threshold_that_stayed_at_one_half_says_why(tmp_path):
+    path = folders.write(tmp_path / "run", ("a", "b"), multilabel=True)
+    assert "validation groups" not in rendered(path).text
+    summary = json.loads((path / "summary.json").read_text())
+    summary["calibration"]["test"]["one_half"] = {"b": "in 6 validation groups, 10 are needed"}
+    (path / "summary.json").write_text(json.dumps(summary))
+    assert "0.40 in 6 validation groups, 10 are needed" in rendered(path).text
+    assert "a 0.40, b 0.40 (in 6 validation groups, 10 are needed)" in model_card.render(path)
+
+
 def test_undefined_metrics_and_groups_of_one_image_are_said(tmp_path):
     path = folders.write(tmp_path / "run")
     summary = json.loads((path / "summary.json").read_text())
-    nothing = {"value": None, "low": None, "high": None}
-    summary["metrics"]["test"]["auroc"] = summary["metrics"]["test"]["precision_macro"] = nothing
+    nothing = {"value": None, "low": None, "high": None, "why": "no image is '<b>'"}
+    summary["metrics"]["test"]["auroc"] = nothing
+    summary["metrics"]["test"]["precision_macro"] = dict.fromkeys(("value", "low", "high"))  # as runs wrote it once
     summary["metrics"]["test"]["accuracy"] = {"value": 0.75, "low": None, "high": None}
     summary["per_class"]["test"]["normal"]["auroc"] = nothing
     (path / "summary.json").write_text(json.dumps(summary))
@@ -206,9 +217,9 @@ def test_undefined_metrics_and_groups_of_one_image_are_said(tmp_path):
     (path / "split.csv").write_text(re.sub(r"(images/(\d+)\.png,\w+),g\d+", r"\1,g\2", table))
     parsed = rendered(path)
     assert "Every image is a group of its own" in parsed.text
-    assert "AUROC undefined a class is absent" in parsed.text  # the tile
-    assert "AUROC undefined: a class is absent" in parsed.text  # the table
-    assert "Precision, mean over classes undefined: a class is never decided" in parsed.text
+    assert "AUROC undefined no image is '<b>'" in parsed.text  # the tile
+    assert "AUROC undefined: no image is '<b>'" in parsed.text  # the table
+    assert "Precision, mean over classes undefined: why is not recorded" in parsed.text
     assert "Accuracy 0.750 no interval: only one group" in parsed.text
     assert "0.000 0.000 to" not in parsed.text
 

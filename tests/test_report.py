@@ -1,5 +1,6 @@
 """What a run writes: predictions that read back as they were."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -38,3 +39,31 @@ def test_what_is_no_table_of_predictions(tmp_path, text):
     (tmp_path / "p.csv").write_text(text)
     with pytest.raises(InputError, match=r"p\.csv: no table of predictions"):
         report.read_predictions(tmp_path / "p.csv")
+
+
+def test_what_the_screen_says_of_numbers_that_are_missing(capsys):
+    undefined = dict.fromkeys(("value", "low", "high"), math.nan) | {"why": "no image is '[bold]x'"}
+    alone = {"value": 0.5, "low": None, "high": None, "why": "only one group"}
+    report.print_results("title", {"test": {"auroc": undefined, "accuracy": alone}})
+    printed = capsys.readouterr().out
+    assert "undefined (no image is '[bold]x')" in printed
+    assert "0.500 (no interval: only one group)" in printed
+    shown = report.line({"loss": 0.5, "auroc": math.nan}, lambda name: f"{name} has no 'x'")
+    assert shown == "loss 0.5000  auroc undefined (auroc has no 'x')"
+
+
+def test_the_screen_says_why_a_threshold_stayed_at_one_half(capsys):
+    told = {
+        "temperature": 1.5,
+        "before": {"ece": 0.2},
+        "after": {"ece": 0.1},
+        "thresholds": {"cyst": 0.43, "fluid": 0.5},
+    }
+    report.print_calibration(
+        {"val": told, "test": told | {"one_half": {"fluid": "in 6 validation groups, 10 are needed"}}}
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "val: temperature 1.50, ece 0.200 -> 0.100",
+        "test: temperature 1.50, ece 0.200 -> 0.100",
+        "thresholds: cyst 0.43, fluid 0.50 (in 6 validation groups, 10 are needed)",
+    ]

@@ -59,6 +59,26 @@ def test_one_half_where_there_is_no_evidence():
     assert thresholds.choose(logits, np.ones((60, 1)), range(60), "youden")[0] == 0
 
 
+def test_it_says_why_a_threshold_stays_at_one_half():
+    """Of sixty images in six groups, as the validation split of the videos has."""
+    labels = np.stack([np.arange(60) % 2, np.arange(60) < 10, np.ones(60), np.arange(60) >= 10], axis=1)
+    groups = [f"video{i // 10}" for i in range(60)]
+    assert thresholds.too_few(labels, groups, "f1") == [
+        "in 6 validation groups, 10 are needed",
+        "in 1 validation group, 10 are needed",
+        "in 6 validation groups, 10 are needed",
+        "in 5 validation groups, 10 are needed",
+    ]
+    assert thresholds.too_few(labels, groups, "youden") == [
+        "",
+        "in 1 validation group, 5 are needed",
+        "missing in 0 validation groups, 5 are needed",
+        "missing in 1 validation group, 5 are needed",
+    ]
+    assert thresholds.too_few(labels, groups, "half") == [""] * 4
+    assert not any(thresholds.too_few(labels[:, :1], range(60), "f1"))
+
+
 def test_a_choice_among_few_is_steadier_than_the_best_of_them():
     """Over 60 validation sets of 100 images: the mean over resamples varies less, and is better on other images."""
     rng = np.random.default_rng(0)

@@ -339,15 +339,35 @@ def test_bad_settings_are_refused_before_the_work_directory_is_made(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["auroc", "average_precision", "recall_macro"])
-def test_a_best_metric_that_validation_cannot_give_is_refused(tiny_config, image_folder, tmp_path, monkeypatch, name):
+def without_light_to_validate(config, image_folder, tmp_path):
+    """Images of all three classes to train on, of two in the other splits."""
     rows = [f"{p.parent.name}/{p.name},{p.parent.name}" for p in sorted(image_folder.rglob("*.png"))]
     splits = [["train", "test", "val"][i % 3] if "light" not in row else "train" for i, row in enumerate(rows)]
     table = tmp_path / "labels.csv"
     table.write_text("path,label,split\n" + "".join(f"{row},{s}\n" for row, s in zip(rows, splits, strict=True)))
-    tiny_config.data.table, tiny_config.train.best_metric = str(table), name
+    config.data.table = str(table)
+
+
+@pytest.mark.parametrize("name", ["auroc", "average_precision", "recall_macro"])
+def test_a_best_metric_that_validation_cannot_give_is_refused(tiny_config, image_folder, tmp_path, monkeypatch, name):
+    without_light_to_validate(tiny_config, image_folder, tmp_path)
+    tiny_config.train.best_metric = name
     message = refused(tiny_config, tmp_path / "run", monkeypatch)
     assert f"{name!r} is not defined: in the validation split every image or none is 'light'" in message
+
+
+def test_a_metric_that_is_undefined_says_why(tiny_config, image_folder, tmp_path, capsys):
+    """In the line of an epoch, in the table at the end, and in what the run keeps."""
+    without_light_to_validate(tiny_config, image_folder, tmp_path)
+    tiny_config.train.best_metric, tiny_config.train.epochs = "loss", 1.0
+    summary = train.train(tiny_config, tmp_path / "run")
+    why = "no image is 'light'"
+    assert summary["metrics"]["val"]["auroc"] == {"value": None, "low": None, "high": None, "why": why}
+    assert summary["per_class"]["test"]["light"]["auroc"]["why"] == why
+    printed = capsys.readouterr().out
+    assert f"  auroc undefined ({why})  " in next(line for line in printed.splitlines() if "  val  " in line)
+    assert "nan" not in printed
+    assert f"undefined ({why})" in printed.split("metric", 1)[1]
 
 
 def test_a_damaged_image_is_named_before_training(tiny_config, image_folder, tmp_path, monkeypatch):

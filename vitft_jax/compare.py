@@ -2,11 +2,13 @@
 
 Reads `predictions_<split>.csv` of both. The bootstrap resamples groups and takes the difference of the two runs within each
 resample, so what makes images hard for both cancels: such an interval is narrower than what two separate intervals suggest.
-It says how far the difference would vary with other images of this kind; not with other seeds of the training, for which each
-run should be repeated.
+Where both decide alike on all images it is not zero wide: on other images they may not, see `bootstrap.bootstrap`. It says how
+far the difference would vary with other images of this kind; not with other seeds of the training, for which each run should be
+repeated.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 
 from vitft_jax import bootstrap, cli, data, metrics, report
@@ -24,8 +27,9 @@ def compare(a: Path, b: Path, split: str = "test") -> dict[str, Any]:
     """Compares the predictions of two runs on a split.
 
     Returns:
-        `images` and `groups`: how many. `metrics`: ``{metric: {a, b, value, low, high, share_better}}``, where `value` is
-        b minus a with its interval, and `share_better` the share of the resamples of groups in which b is the better run, ties
+        `images` and `groups`: how many. `same`: on how many of the images both decide alike. `metrics`:
+        ``{metric: {a, b, value, low, high, share_better}}``, where `value` is b minus a with its interval, see
+        `metrics.change`, and `share_better` the share of the resamples of groups in which b is the better run, ties
         counting one half. `mcnemar`: of accuracy, see `mcnemar`; None where images have several labels or groups
         several images: they are not independent then, which the test presumes.
 
@@ -33,17 +37,24 @@ def compare(a: Path, b: Path, split: str = "test") -> dict[str, Any]:
         InputError: The predictions are missing or damaged, or not of the same images, labels and classes.
     """
     first, second = (report.read_predictions(run / f"predictions_{split}.csv") for run in (a, b))
+    for run, found in ((a, first), (b, second)):
+        if twice := [name for name, times in Counter(found.names).items() if times > 1]:
+            raise InputError(
+                f"{run}: {twice[0]!r} is in its table of predictions more than once; evaluate the run again"
+            )
     second = _in_order(first, second, b)
     decided = (first.decided, second.decided)
-    difference = metrics.paired(first.probabilities, second.probabilities, first.labels, decided)
-    changes = bootstrap.bootstrap(difference, first.groups, metrics.RESAMPLES)
-    drawn = bootstrap.draws(difference, first.groups, metrics.RESAMPLES)
+    both = (first.probabilities, second.probabilities)
+    changes = metrics.change(*both, first.labels, first.groups, decided, first.classes, metrics.RESAMPLES)
+    drawn = bootstrap.draws(metrics.paired(*both, first.labels, decided), first.groups, metrics.RESAMPLES)
     each = [metrics.compute(p.probabilities, p.labels, p.multilabel, p.decided) for p in (first, second)]
     groups = len(set(first.groups))
+    alike = decided[0] == decided[1]
     single = groups == len(first.names) and not first.multilabel
     return {
         "images": len(first.names),
         "groups": groups,
+        "same": int((alike if alike.ndim == 1 else alike.all(axis=1)).sum()),
         "metrics": {
             name: {"a": each[0][name], "b": each[1][name], **change, "share_better": _share(name, drawn[name])}
             for name, change in changes.items()
@@ -87,7 +98,7 @@ def _in_order(first: report.Predictions, second: report.Predictions, run: Path) 
             f"{run}: its classes are {', '.join(second.classes)}, those of the other run {', '.join(first.classes)}; "
             "only runs with the same classes can be compared"
         )
-    if set(first.names) != set(second.names) or len(first.names) != len(second.names):
+    if set(first.names) != set(second.names):
         other = sorted(set(first.names) ^ set(second.names))
         raise InputError(
             f"{run}: {len(other)} images, such as {other[0]!r}, are in the split of one run only; "
@@ -122,9 +133,10 @@ def show(a: Path, b: Path, split: str, result: dict[str, Any]) -> None:
         values = [f"{m[run]:.3f}" if m[run] == m[run] else "undefined" for run in "ab"]
         share = f"{100 * m['share_better']:.1f} %" if m["share_better"] == m["share_better"] else ""
         lower = " (lower is better)" if name in metrics.LOWER_IS_BETTER else ""
-        table.add_row(name + lower, *values, report.interval(m, name, sign="+"), share)
+        table.add_row(name + lower, *values, Text(report.interval(m, sign="+")), share)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print("'B better in': share of the resamples of groups in which B is better; ties count one half.")
+    print(f"Both runs decide alike on {result['same']} of the {result['images']} images.")
     if (test := result["mcnemar"]) is not None:
         print(
             f"Exact McNemar test of accuracy: {test['only_a']} images right in A only, {test['only_b']} in B only, "

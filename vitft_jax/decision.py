@@ -25,10 +25,12 @@ class Decision:
     Attributes:
         temperature: Divides the logits.
         thresholds: Probability from which on each label is decided; () = one half, and for classes.
+        one_half: Pairs of a label's number and the reason why its threshold stays there, see `thresholds.too_few`.
     """
 
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
+    one_half: tuple[tuple[int, str], ...] = ()
 
     def probabilities(self, logits: np.ndarray, multilabel: bool) -> np.ndarray:
         """Probabilities `(n, C)` of logits."""
@@ -39,9 +41,10 @@ class Decision:
         return metrics.decisions(probabilities, multilabel, self.thresholds or 0.5)
 
     def told(self, classes: Sequence[str]) -> dict[str, Any]:
-        """As JSON: the temperature, and the thresholds by label, if there are."""
+        """As JSON: the temperature, and by label the thresholds and the reasons of `one_half`, if there are."""
         by_label = {"thresholds": dict(zip(classes, self.thresholds, strict=True))} if self.thresholds else {}
-        return {"temperature": self.temperature, **by_label}
+        why = {"one_half": {classes[c]: reason for c, reason in self.one_half}} if self.one_half else {}
+        return {"temperature": self.temperature, **by_label, **why}
 
 
 RAW = Decision()
@@ -54,7 +57,9 @@ def fit(logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], rule: str
     if labels.ndim == 1:
         return Decision(t)
     chosen = thresholds.choose(logits.astype(np.float64) / t, labels, groups, rule)
-    return Decision(t, tuple(metrics.probabilities(chosen, True).tolist()))
+    few = thresholds.too_few(labels, groups, rule)
+    one_half = tuple((c, reason) for c, reason in enumerate(few) if reason)
+    return Decision(t, tuple(metrics.probabilities(chosen, True).tolist()), one_half)
 
 
 def write(folder: Path, decision: Decision, classes: Sequence[str]) -> None:
@@ -73,6 +78,8 @@ def read(folder: Path) -> Decision:
         return RAW
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return Decision(float(content["temperature"]), tuple(map(float, content.get("thresholds", {}).values())))
+        by_label, why = content.get("thresholds", {}), content.get("one_half", {})
+        one_half = tuple((c, why[label]) for c, label in enumerate(by_label) if label in why)
+        return Decision(float(content["temperature"]), tuple(map(float, by_label.values())), one_half)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: no temperature and thresholds, as train writes them: {error!r}") from None

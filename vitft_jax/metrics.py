@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vitft_jax import bootstrap
+from vitft_jax import bootstrap, undefined
 
 MULTICLASS = (
     "accuracy",
@@ -56,6 +56,7 @@ CALIBRATED = ("ece", "brier", "loss")  # what temperature scaling is for
 RESAMPLES = 1000  # of the bootstrap; each end of a 95 % interval then rests on 25 draws
 ECE_BINS = 15  # of equal width, as in Guo et al. 2017
 _SMALLEST = 1e-12  # probability in a logarithm
+_NO_NUMBER = "a probability is not a number"
 
 
 def names(multilabel: bool) -> tuple[str, ...]:
@@ -84,9 +85,9 @@ def rank(name: str, value: float) -> float:
     return -value if name in LOWER_IS_BETTER else value
 
 
-def why_undefined(name: str) -> str:
-    """What makes a metric undefined."""
-    return "a class is never decided" if name.startswith("precision") else "a class is absent"
+def why_undefined(name: str, decided: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> str:
+    """What leaves a metric undefined, for decisions and labels of classes of these names."""
+    return undefined.Reasons(decided, labels, classes, MEANS_OVER_CLASSES).of(name) or _NO_NUMBER
 
 
 def compute(p: np.ndarray, labels: np.ndarray, multilabel: bool, decided: np.ndarray | None = None) -> dict[str, float]:
@@ -135,37 +136,46 @@ def weighted(p: np.ndarray, decided: np.ndarray, labels: np.ndarray, weights: np
     }
     values = {name: each[name].mean(axis=0) for name in ("auroc", "average_precision")}
     if multilabel:
-        both = truth.sum(axis=1) + chosen.sum(axis=1)
-        common = (truth * chosen).sum(axis=1)
-        none = both == 0
-        images = {
-            "subset_accuracy": (truth == chosen).all(axis=1),
-            "f1_samples": np.where(none, 1.0, 2 * common / np.where(none, 1, both)),
-            "jaccard": np.where(none, 1.0, common / np.where(none, 1, both - common)),
-            "hamming": (truth != chosen).mean(axis=1),
-            "brier": ((p - truth) ** 2).mean(axis=1),
-            "loss": -np.log(np.maximum(np.where(truth == 1, p, 1 - p), _SMALLEST)).mean(axis=1),
-        }
+        images = _of_labels(p, truth, chosen)
         values["f1_macro"] = each["f1"].mean(axis=0)
         values["f1_micro"] = _ratio(2 * hits.sum(axis=0), (true + positive).sum(axis=0))
         values["ece"] = np.mean([_ece(p[:, c], truth[:, c], weights) for c in classes], axis=0)
     else:
-        share = true / total
-        right = decided == labels
-        images = {
-            "accuracy": right,
-            "brier": ((p - truth) ** 2).sum(axis=1) / (2 if len(classes) == 2 else 1),
-            "loss": -np.log(np.maximum(p[np.arange(len(p)), labels], _SMALLEST)),
-        }
+        images = _of_classes(p, truth, chosen)
         values["balanced_accuracy"] = np.nanmean(each["sensitivity"], axis=0)
         values["f1_macro"] = np.nanmean(each["f1"], axis=0)
         values["precision_macro"] = each["precision"].mean(axis=0)
         values["recall_macro"] = each["sensitivity"].mean(axis=0)
+        share = true / total
         for name, of in (("precision", "precision"), ("recall", "sensitivity"), ("f1", "f1")):
             values[f"{name}_weighted"] = np.where(share > 0, share * each[of], 0).sum(axis=0)
-        values["ece"] = _ece(p[np.arange(len(p)), decided], right.astype(np.float64), weights)
-    values |= {name: (value.astype(np.float64) @ weights) / total for name, value in images.items()}
+        values["ece"] = _ece(p[np.arange(len(p)), decided], images["accuracy"], weights)
+    values |= {name: value @ weights / total for name, value in images.items()}
     return {name: values[name] for name in names(multilabel)} | {f"per_class/{name}": each[name] for name in PER_CLASS}
+
+
+def _of_classes(p: np.ndarray, truth: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Metrics that are means over images, of each image `(n,)`, from probabilities and 0/1 `(n, C)`."""
+    return {
+        "accuracy": (truth * chosen).sum(axis=1),
+        "brier": ((p - truth) ** 2).sum(axis=1) / (2 if p.shape[1] == 2 else 1),
+        "loss": -np.log(np.maximum((p * truth).sum(axis=1), _SMALLEST)),
+    }
+
+
+def _of_labels(p: np.ndarray, truth: np.ndarray, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """The same where an image has several labels."""
+    both = truth.sum(axis=1) + chosen.sum(axis=1)
+    common = (truth * chosen).sum(axis=1)
+    none = both == 0
+    return {
+        "subset_accuracy": (truth == chosen).all(axis=1).astype(np.float64),
+        "f1_samples": np.where(none, 1.0, 2 * common / np.where(none, 1, both)),
+        "jaccard": np.where(none, 1.0, common / np.where(none, 1, both - common)),
+        "hamming": (truth != chosen).mean(axis=1),
+        "brier": ((p - truth) ** 2).mean(axis=1),
+        "loss": -np.log(np.maximum(np.where(truth == 1, p, 1 - p), _SMALLEST)).mean(axis=1),
+    }
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -230,10 +240,12 @@ def assess(
     """What is to be said of a split, with bootstrap intervals by group.
 
     Returns:
-        `metrics`: ``{metric: {value, low, high}}``. `per_class`: ``{class: {images, metric: {value, low, high}}}``, `images`
-        being how many are of the class, and sensitivity what is also called recall. `confusion`: as `confusion` returns it.
+        `metrics`: ``{metric: {value, low, high}}``, and `why`, where one of these is NaN. `per_class`:
+        ``{class: {images, metric: {value, low, high}}}``, `images` being how many are of the class, and sensitivity what is
+        also called recall. `confusion`: as `confusion` returns it.
     """
     multilabel = labels.ndim == 2
+    reasons = undefined.Reasons(decided, labels, classes, MEANS_OVER_CLASSES)
     found = bootstrap.bootstrap(
         lambda w: weighted(p, decided, labels, w),
         groups,
@@ -241,21 +253,30 @@ def assess(
         level,
         seed,
         units=_groups_behind(decided, labels, groups, len(classes)),
-        shares=[
-            name for name in (*names(multilabel), *(f"per_class/{m}" for m in PER_CLASS)) if name not in CALIBRATED
-        ],
+        ranges={
+            name: (0.0, 1.0)
+            for name in (*names(multilabel), *(f"per_class/{m}" for m in PER_CLASS))
+            if name not in CALIBRATED
+        },
         biased=("ece",),
     )
     counts = confusion(decided, labels, len(classes))
     images = counts[:, 1].sum(axis=-1) if multilabel else counts.sum(axis=-1)
     return {
-        "metrics": {name: found[name] for name in names(multilabel)},
+        "metrics": {name: _explained(found[name], reasons.of(name)) for name in names(multilabel)},
         "per_class": {
-            c: {"images": int(images[i]), **{name: found[f"per_class/{name}"][i] for name in PER_CLASS}}
+            c: {
+                "images": int(images[i]),
+                **{name: _explained(found[f"per_class/{name}"][i], reasons.of_class(name, i)) for name in PER_CLASS},
+            }
             for i, c in enumerate(classes)
         },
         "confusion": counts.tolist(),
     }
+
+
+def _explained(found: dict[str, Any], why: str) -> dict[str, Any]:
+    return found | {"why": why or _NO_NUMBER} if math.isnan(found["value"]) else found
 
 
 def _groups_behind(
@@ -295,15 +316,28 @@ def change(
     labels: np.ndarray,
     groups: Sequence[str],
     decided: tuple[np.ndarray, np.ndarray],
+    classes: Sequence[str],
     resamples: int,
     level: float = 0.95,
     seed: int = 0,
-) -> dict[str, dict[str, float]]:
-    """Metrics after minus before, of two models on the same images, with intervals as `intervals`: paired, so narrower.
+) -> dict[str, dict[str, Any]]:
+    """Metrics after minus before, of two models on the same images, with intervals as `assess`: paired, so narrower.
 
     `decided` has the decisions before and after.
     """
-    return bootstrap.bootstrap(paired(before, after, labels, decided), groups, resamples, level, seed)
+    units = [_groups_behind(d, labels, groups, len(classes)) for d in decided]
+    found = bootstrap.bootstrap(
+        paired(before, after, labels, decided),
+        groups,
+        resamples,
+        level,
+        seed,
+        units={name: np.minimum(units[0][name], units[1][name]) for name in units[0]},
+        ranges={name: (-1.0, 1.0) for name in names(labels.ndim == 2) if name not in CALIBRATED},
+        difference=True,
+    )
+    first, second = (undefined.Reasons(d, labels, classes, MEANS_OVER_CLASSES) for d in decided)
+    return {name: _explained(value, first.of(name) or second.of(name)) for name, value in found.items()}
 
 
 def paired(

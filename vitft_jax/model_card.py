@@ -7,11 +7,10 @@ card that was changed by hand is never written over.
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vitft_jax import metrics
 from vitft_jax.report import conduct, words
 from vitft_jax.report.files import write_text
 from vitft_jax.report.record import Record, read
@@ -182,7 +181,7 @@ def _evaluation(record: Record) -> str:
     if not record.split:
         return "Not evaluated.\n"
     known = record.of("metrics", record.split)
-    rows = [[words.name(metric), *_value(found, metric)] for metric, found in known.items()]
+    rows = [[words.name(metric), *map(_plain, words.shown(found))] for metric, found in known.items()]
     lines = [
         f"On the {words.SPLITS[record.split]} split, with 95 % bootstrap intervals (BCa), resampled by group:\n",
         _table(["metric", "value", "95 % interval"], rows),
@@ -190,22 +189,11 @@ def _evaluation(record: Record) -> str:
     if each := record.of("per_class", record.split):
         chosen = ("sensitivity", "specificity", "precision", "auroc")
         rows = [
-            [_plain(c), f"{found['images']:,}", *(" ".join(filter(None, _ends(found[m], m))) for m in chosen)]
+            [_plain(c), f"{found['images']:,}", *(_plain("{} ({})".format(*words.shown(found[m]))) for m in chosen)]
             for c, found in each.items()
         ]
         lines.append(_table(["class", "images", *(words.NAMES[m] for m in chosen)], rows))
     return "\n".join(lines)
-
-
-def _value(found: Mapping[str, float | None], metric: str) -> tuple[str, str]:
-    if not words.defined(found["value"]):
-        return "undefined", metrics.why_undefined(metric)
-    return f"{found['value']:.3f}", words.interval(found) or "none: only one group"
-
-
-def _ends(found: Mapping[str, float | None], metric: str) -> tuple[str, str]:
-    value, ends = _value(found, metric)
-    return value, f"({ends})"
 
 
 def _calibration(record: Record) -> str:
@@ -218,7 +206,10 @@ def _calibration(record: Record) -> str:
         _table(["metric", "before", "after"], rows),
     ]
     if thresholds := told.get("thresholds"):
-        said = ", ".join(f"{_plain(label)} {value:.2f}" for label, value in thresholds.items())
+        why = told.get("one_half", {})
+        said = ", ".join(
+            f"{_plain(c)} {value:.2f}" + (f" ({_plain(why[c])})" if c in why else "") for c, value in thresholds.items()
+        )
         lines.append(f"Labels are decided from these probabilities on, chosen on the validation split: {said}.\n")
     return "\n".join(lines)
 
@@ -254,10 +245,9 @@ def _unknown(record: Record) -> str:
         )
     if record.split != "test":
         found.append("The test split: the model was not evaluated on it.")
-    undefined = [
-        m for m, value in (record.of("metrics", record.split) or {}).items() if not words.defined(value["value"])
-    ]
-    found += [f"{words.NAMES.get(m, m)}: undefined here, as {metrics.why_undefined(m)}." for m in undefined]
+    known = (record.of("metrics", record.split) or {}).items()
+    undefined = [(m, words.shown(value)[1]) for m, value in known if not words.defined(value["value"])]
+    found += [f"{words.NAMES.get(m, m)}: undefined here, as {_plain(why)}." for m, why in undefined]
     return "\n".join(f"- {line}" for line in found) + "\n"
 
 

@@ -328,7 +328,7 @@ def _compare(dataset: data.Dataset, before: Outputs, after: Outputs) -> dict[str
     told = metrics.assess(p, before.decided, before.labels, groups, dataset.classes, metrics.RESAMPLES)
     return {
         "float": told["metrics"],
-        "change": metrics.change(p, q, after.labels, groups, decided, metrics.RESAMPLES),
+        "change": metrics.change(p, q, after.labels, groups, decided, dataset.classes, metrics.RESAMPLES),
         "agreement": float(np.mean(same if same.ndim == 1 else same.all(axis=1))),
         "divergence": simulate.divergence(*raw, dataset.multilabel),
     }

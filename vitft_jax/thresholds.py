@@ -1,7 +1,8 @@
 """Thresholds of labels, chosen on the validation split.
 
 The threshold of the best F1 on a few dozen positives is largely chance. So it is chosen in resamples of whole groups, and the
-mean is taken, of logits; and where a label has too few groups even for that, its threshold stays at a probability of one half.
+mean is taken, of logits; and where a label has too few groups even for that, its threshold stays at a probability of one half,
+and the run says so.
 """
 
 from collections.abc import Sequence
@@ -28,12 +29,24 @@ def choose(logits: np.ndarray, labels: np.ndarray, groups: Sequence[str], rule: 
     found = np.zeros(logits.shape[1])
     if rule == "half":
         return found
-    weights = bootstrap.resamples_of(groups, _RESAMPLES)
-    names = np.asarray(groups)
+    weights, few = bootstrap.resamples_of(groups, _RESAMPLES), too_few(labels, groups, rule)
     for c, (score, truth) in enumerate(zip(logits.T.astype(np.float64), labels.T > 0, strict=True)):
-        if min(len(set(names[side])) for side in (truth, ~truth)) >= FEWEST[rule]:
+        if not few[c]:
             found[c] = _mean_best(score, truth, weights, rule)
     return found
+
+
+def too_few(labels: np.ndarray, groups: Sequence[str], rule: str) -> list[str]:
+    """For each label `(C,)`, why the validation split tells too little for a threshold, in words; '' where it does not."""
+    names = np.asarray(groups)
+
+    def why(truth: np.ndarray) -> str:
+        for where, side in (("in", truth), ("missing in", ~truth)):
+            if (count := len(set(names[side]))) < FEWEST[rule]:
+                return f"{where} {count} validation group{'s' * (count != 1)}, {FEWEST[rule]} are needed"
+        return ""
+
+    return [why(truth) for truth in labels.T > 0]
 
 
 def _mean_best(score: np.ndarray, truth: np.ndarray, weights: np.ndarray, rule: str) -> float:

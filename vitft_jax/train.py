@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +311,8 @@ def _validate(
     waited = 0 if better or not ready else loop["waited"] + 1
     stopped = bool(config.train.patience) and waited >= config.train.patience
     few = dict.fromkeys(("loss", *metrics.names(dataset.multilabel)[: metrics.HEADLINE], name))
-    shown = "  ".join(f"{key} {values[key]:.4f}" for key in few)
+    why = partial(metrics.why_undefined, decided=out.decided, labels=out.labels, classes=dataset.classes)
+    shown = report.line({key: values[key] for key in few}, why)
     note = "  (best so far)" if better else ""
     screen.say(f"step {done}  val  {shown}{note if ready else f'  (no candidate before step {_ready_from(built)})'}")
     if stopped:

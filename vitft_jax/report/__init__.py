@@ -5,7 +5,7 @@ from vitft_jax.report.files import finite, write_json, write_text
 from vitft_jax.report.log import MetricsLog
 from vitft_jax.report.machine import cpu, environment
 from vitft_jax.report.predictions import Predictions, read_predictions, write_predictions
-from vitft_jax.report.screen import PLAIN_LINES, Screen, interval, print_calibration, print_results
+from vitft_jax.report.screen import PLAIN_LINES, Screen, interval, line, print_calibration, print_results
 
 __all__ = [
     "PLAIN_LINES",
@@ -17,6 +17,7 @@ __all__ = [
     "finite",
     "heat_map",
     "interval",
+    "line",
     "print_calibration",
     "print_results",
     "read_predictions",

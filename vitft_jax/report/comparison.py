@@ -84,8 +84,7 @@ def _headline(found: Sequence[Record], letters: str) -> Html:
             described = f"{words.name(name)} of the runs with 95 % intervals; the table has the numbers"
             shown.append(tag("figure", tag("h3", words.name(name)), charts.forest(rows, described)))
     rows = [
-        [words.name(name), *(results.value(one.of("metrics", "test").get(name, {}), name) for one in found)]
-        for name in names
+        [words.name(name), *(results.value(one.of("metrics", "test").get(name, {})) for one in found)] for name in names
     ]
     return join(
         tag("div", shown, class_="charts"),
@@ -117,7 +116,7 @@ def _difference(first: Record, other: Record, letter: str, images: bool) -> Html
         [
             words.name(name),
             *(words.number(m[run]) for run in "ab"),
-            results.value(m, name, "+"),
+            results.value(m, sign="+"),
             f"{100 * m['share_better']:.1f} %" if words.defined(m["share_better"]) else "",
         ]
         for name, m in told["metrics"].items()

@@ -213,7 +213,7 @@ def _compared(record: Record, compared: Mapping[str, Any]) -> Html | None:
     if not told or not now:
         return None
     rows = [
-        [words.name(m), results.value(was, m), results.value(now[m], m), results.value(told["change"][m], m, "+")]
+        [words.name(m), results.value(was), results.value(now[m]), results.value(told["change"][m], sign="+")]
         for m, was in told["float"].items()
         if m in now
     ]

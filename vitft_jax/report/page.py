@@ -194,7 +194,7 @@ def _evaluations(found: Record) -> Html | None:
                 outside(other.path.name),
                 outside("; ".join(other.differs)),
                 words.SPLITS[other.split],
-                *(results.value(known[name], name) for name in chosen),
+                *(results.value(known[name]) for name in chosen),
                 conduct.operations(other.summary["flops"]),
                 words.speed(other.summary["timing"]["eval_images_per_second"]),
             ]

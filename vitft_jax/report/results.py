@@ -17,19 +17,18 @@ _PAIRS = 20  # confusions that stand for it then
 _SMALLEST = 5e-7  # probability: files hold six digits
 
 HOW_TO_READ = (
-    "Intervals are 95 % bootstrap intervals (BCa), resampled by group (patient or video): what other images of this kind would "
-    "change, not what another training would. With few groups or a rare class they are wide, and wide is what they should be."
+    "Intervals are 95 % bootstrap intervals (BCa; of differences, Student's), resampled by group (patient or video): what "
+    "other images of this kind would change, not what another training would. With few groups or a rare class they are wide, "
+    "and wide is what they should be."
 )
 
 
-def value(found: Mapping[str, float | None], metric: str, sign: str = "") -> Html:
+def value(found: Mapping[str, Any], *, sign: str = "") -> Html:
     """A metric with its interval below; says why, where it is undefined."""
+    number, below = words.shown(found, sign)
     if not words.defined(found.get("value")):
-        return tag("span", f"undefined: {metrics.why_undefined(metric)}", class_="undefined")
-    return join(
-        tag("span", f"{found['value']:{sign}.3f}", class_="number"),
-        tag("span", words.interval(found, sign) or "no interval: only one group", class_="ci"),
-    )
+        return tag("span", f"{number}: ", outside(below), class_="undefined")
+    return join(tag("span", number, class_="number"), tag("span", outside(below), class_="ci"))
 
 
 def tiles(record: Record) -> Html:
@@ -37,17 +36,9 @@ def tiles(record: Record) -> Html:
     found = record.of("metrics", record.split)
     cells = []
     for metric in [name for name in metrics.names(record.multilabel) if name in found][: metrics.HEADLINE]:
-        number = found[metric]["value"]
-        shown = f"{number:.3f}" if words.defined(number) else "undefined"
-        below = words.interval(found[metric]) if words.defined(number) else metrics.why_undefined(metric)
+        number, below = words.shown(found[metric])
         cells.append(
-            tag(
-                "div",
-                tag("span", words.name(metric)),
-                tag("b", shown),
-                tag("span", below or "only one group"),
-                class_="tile",
-            )
+            tag("div", tag("span", words.name(metric)), tag("b", number), tag("span", outside(below)), class_="tile")
         )
     return tag("div", cells, class_="tiles")
 
@@ -57,7 +48,7 @@ def all_metrics(record: Record) -> Html:
     splits = [split for split in ("test", "val", "train") if record.of("metrics", split)]
     known = record.of("metrics", record.split)
     rows = [
-        [words.name(metric), *(value(record.of("metrics", split).get(metric, {}), metric) for split in splits)]
+        [words.name(metric), *(value(record.of("metrics", split).get(metric, {})) for split in splits)]
         for metric in known
     ]
     return table(["Metric", *(words.SPLITS[split] for split in splits)], rows, "Value, and its 95 % interval")
@@ -68,7 +59,8 @@ def per_class(record: Record) -> Html | None:
     found = record.of("per_class", record.split)
     if not found:
         return None
-    thresholds = (record.of("calibration", record.split) or {}).get("thresholds", {})
+    told = record.of("calibration", record.split) or {}
+    thresholds, why = (told.get(key, {}) for key in ("thresholds", "one_half"))
     chosen = ("sensitivity", "specificity", "precision", "f1", "auroc", "average_precision")
     head = [
         "Label" if record.multilabel else "Class",
@@ -80,8 +72,8 @@ def per_class(record: Record) -> Html | None:
         [
             outside(c),
             f"{values['images']:,}",
-            *(value(values[name], name) for name in chosen),
-            *([f"{thresholds[c]:.2f}"] if thresholds else []),
+            *(value(values[name]) for name in chosen),
+            *([join(f"{thresholds[c]:.2f}", tag("span", outside(why.get(c, "")), class_="ci"))] if thresholds else []),
         ]
         for c, values in found.items()
     ]

@@ -1,15 +1,15 @@
 """What a command says on the screen: progress of training, tables of metrics."""
 
-import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from vitft_jax import metrics
+from vitft_jax.report import words
 
 PLAIN_LINES = 40
 
@@ -39,11 +39,12 @@ class Screen:
         self._bar.stop()
 
     def step(self, done: int, loss: float, images_per_second: float, seconds_left: float) -> None:
-        """Shows where training is; without a bar, `PLAIN_LINES` lines over the whole of it."""
-        text = f"loss {loss:.4f}  {images_per_second:.1f} images/s"
-        self._bar.update(self._task, completed=done, text=text)
+        """Shows where training is; without a bar, `PLAIN_LINES` lines over the whole of it. NaN is not known yet."""
+        numbers = {"loss {:.4f}": loss, "{:.1f} images/s": images_per_second, "{:.0f} s left": seconds_left}
+        known = [text.format(number) for text, number in numbers.items() if words.defined(number)]
+        self._bar.update(self._task, completed=done, text="  ".join(known[:2]))  # the bar tells the time itself
         if not self._console.is_terminal and done % max(1, self._total // PLAIN_LINES) == 0:
-            print(f"step {done}/{self._total}  {text}  {seconds_left:.0f} s left", flush=True)
+            print("  ".join([f"step {done}/{self._total}", *known]), flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -57,7 +58,7 @@ def print_results(title: str, splits: Mapping[str, Mapping[str, Mapping[str, flo
     for split in splits:
         table.add_column(f"{split} (95 % CI)", justify="right")
     for name in next(iter(splits.values())):
-        table.add_row(name, *(interval(values[name], name) for values in splits.values()))
+        table.add_row(name, *(Text(interval(values[name])) for values in splits.values()))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
 
 
@@ -67,14 +68,21 @@ def print_calibration(splits: Mapping[str, Mapping[str, Any]]) -> None:
         changed = (f"{name} {told['before'][name]:.3f} -> {told['after'][name]:.3f}" for name in told["before"])
         print(f"{split}: temperature {told['temperature']:.2f}, {', '.join(changed)}")
     if thresholds := told.get("thresholds"):
-        print(f"thresholds: {', '.join(f'{label} {value:.2f}' for label, value in thresholds.items())}")
+        why = told.get("one_half", {})
+        print(
+            "thresholds: "
+            + ", ".join(f"{c} {value:.2f}" + (f" ({why[c]})" if c in why else "") for c, value in thresholds.items())
+        )
 
 
-def interval(value: Mapping[str, float | None], name: str, sign: str = "") -> str:
+def interval(found: Mapping[str, Any], *, sign: str = "") -> str:
     """A metric with its interval, as text; says why, where there is none. `sign` '+' is for differences."""
-    number, low, high = (math.nan if value[key] is None else value[key] for key in ("value", "low", "high"))
-    if math.isnan(number):
-        return f"undefined: {metrics.why_undefined(name)}"
-    if math.isnan(low):
-        return f"{number:{sign}.3f} (only one group)"
-    return f"{number:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
+    return "{} ({})".format(*words.shown(found, sign))
+
+
+def line(values: Mapping[str, float], why: Callable[[str], str]) -> str:
+    """Metrics on one line; `why` says why one is undefined."""
+    shown = (
+        (name, f"{value:.4f}" if words.defined(value) else f"undefined ({why(name)})") for name, value in values.items()
+    )
+    return "  ".join(f"{name} {value}" for name, value in shown)

@@ -54,6 +54,16 @@ def interval(value: Mapping[str, float | None], sign: str = "") -> str:
     return f"{low:{sign}.3f} to {high:{sign}.3f}" if defined(low) and defined(high) else ""
 
 
+def shown(found: Mapping[str, Any], sign: str = "") -> tuple[str, str]:
+    """A metric and its interval, such as '0.87' and '0.81 to 0.92'; where either is missing, 'undefined' and why.
+
+    `found` is as `metrics.assess` returns it, or as JSON keeps that. `sign` '+' is for differences.
+    """
+    if not defined(found.get("value")):
+        return "undefined", found.get("why", "why is not recorded")
+    return f"{found['value']:{sign}.3f}", interval(found, sign) or f"no interval: {found.get('why', 'only one group')}"
+
+
 def size(count: float | None) -> str:
     """Bytes."""
     return _scaled(count, 1000, ("bytes", "kB", "MB", "GB", "TB"))
