@@ -90,11 +90,11 @@ def _of_splits(dataset: data.Dataset) -> Iterator[Finding]:
         tuple(split for split in data.SPLITS if split not in dataset.splits),
     )
     yield Finding(
-        "no groups known",
+        "images without a group",
         False,
-        "Where several images are of one patient or video, they may lie in different splits, and intervals are too narrow: "
-        "name it in the column group of a table.",
-        () if dataset.grouped else ("each image counts as a group of its own",),
+        "Each counts as a group of its own. Where several are of one patient or video they may lie in different splits, and "
+        "intervals are too narrow: name it in the column group of a table.",
+        () if dataset.grouped else dataset.names,
     )
     where: dict[str, Counter] = {}
     for group, split in zip(dataset.groups, splits, strict=True):
