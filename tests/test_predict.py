@@ -180,7 +180,7 @@ def test_a_folder_with_bad_images_gives_the_others(runs, image_folder, tmp_path,
     assert not output.exists()
 
 
-def test_an_image_that_goes_away_has_an_empty_place_on_the_sheet(runs, image_folder, tmp_path, monkeypatch, capsys):
+def test_an_image_that_goes_away_has_an_empty_place_on_the_sheet(runs, image_folder, tmp_path, monkeypatch):
     scans, output = tmp_path / "scans", tmp_path / "out.csv"
     shutil.copytree(image_folder / "dark", scans)
     write = predict.report.write_text
@@ -216,6 +216,7 @@ def test_a_named_pipe_is_no_image_and_nothing_waits_for_it(tmp_path, name):
                     said.append(str(error))
         with pytest.raises(InputError, match="there is no such file or folder"):
             inputs.find(tmp_path / name, ("a", "b"), False)
+        said.append("and refused by itself")
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -223,7 +224,7 @@ def test_a_named_pipe_is_no_image_and_nothing_waits_for_it(tmp_path, name):
     assert not thread.is_alive()
     fault = f"Cannot read image {tmp_path / name}: the file is missing."
     in_folder = [] if name == "pipe" else [fault]  # which without an extension is passed over, as a text file is
-    assert said == [*in_folder, "z.png", fault, "z.png"]
+    assert said == [*in_folder, "z.png", fault, "z.png", "and refused by itself"]
 
 
 def test_one_file_and_class_folders(runs, image_folder, tmp_path, capsys):

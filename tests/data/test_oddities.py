@@ -32,13 +32,13 @@ def test_a_whole_file_tells_its_frames(tmp_path):
 
 def test_no_damage_behind_the_first_page_ends_the_check(tmp_path):
     """Each of these files is told of as readable (with what is odd) or as unreadable; Pillow raises many kinds of errors."""
-    whole, rng = pages(), np.random.default_rng(0)
+    whole, first, rng = pages(), len(pages(1)), np.random.default_rng(0)
     kinds = []
     for _ in range(200):
         damaged = np.frombuffer(whole, np.uint8).copy()
         headers = len(whole) * np.arange(1, 3) // 3  # near these the later pages begin, with their lists of tags
         places = np.concatenate([rng.integers(at - 200, min(at + 400, len(whole)), 60) for at in headers])
-        places = places[places > len(whole) * 0.34]
+        places = places[places >= first]
         damaged[places] = rng.integers(0, 256, len(places))
         (tmp_path / "a.tif").write_bytes(damaged.tobytes())
         found = inspected(tmp_path)
@@ -59,7 +59,7 @@ def test_whatever_is_raised_for_later_frames_is_told_of_them(tmp_path, monkeypat
     found = inspected(tmp_path)
     assert [kind for kind, _ in found.odd] == ["damaged later frames"]
     assert found.print is not None
-    assert found.odd[0][1].endswith((str(error), type(error).__name__))
+    assert found.odd[0][1].endswith(str(error) or "EOFError")
 
 
 def test_a_file_that_goes_away_while_it_is_looked_at_is_unreadable(tmp_path):
