@@ -31,12 +31,16 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("runs", nargs="+", type=Path)
     arguments.add_argument("--split", default="test")
+    arguments.add_argument("--metrics", nargs="+", metavar="NAME", help="default: the first four of the task")
     options = arguments.parse_args()
     rows: dict[str, list[dict[str, Any]]] = {}
     for run in options.runs:
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
         rows.setdefault(re.sub(r"_?\d+$", "", run.name), []).append(summary)
-    shown = list(next(iter(rows.values()))[0]["metrics"][options.split])[: metrics.HEADLINE]
+    known = list(next(iter(rows.values()))[0]["metrics"][options.split])
+    shown = options.metrics or known[: metrics.HEADLINE]
+    if missing := [name for name in shown if name not in known]:
+        arguments.error(f"--metrics {missing[0]}: none of {', '.join(known)}")
     print(f"| run | seeds | trainable | checkpoint | {' | '.join(shown)} |")
     print("|---" * (4 + len(shown)) + "|")
     for name, summaries in rows.items():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_every_fault_is_found_and_told(config, tmp_path, capsys):
     command = [f"--config={tmp_path / 'c.py'}", "--config.data.table=labels.csv", f"--output={output}"]
     with pytest.raises(SystemExit) as stop:
         check_data.main([*command, "--config.data.image_size=128"])
-    assert stop.value.code == check_data.PROBLEMS_FOUND == 1
+    assert stop.value.code == check_data.PROBLEMS_FOUND == 4
     facts = json.loads((output / "check.json").read_text())
     found = {f["kind"]: f["items"] for f in facts["findings"]}
     assert found["duplicates across splits"] == ["0.png (train, cyst) = copy.png (test, cyst): exact"]
@@ -146,6 +147,35 @@ def test_labels_that_change_within_a_video_do_not_contradict(config):
     assert within.startswith("0.png (train, cyst+probe) = next.png (train, probe): near")
 
 
+def test_that_no_groups_are_known_is_told(config):
+    root, table = root_of(config), rows()
+    table[2][1], table[3][1] = "mass", "cyst"
+    write_table(root, [[name, label, split] for name, label, _, split in table], ("path", "label", "split"))
+    found = check_data.check(config)
+    assert findings(found) == {"images without a group": tuple(f"{i}.png" for i in range(24))}
+    assert found.clean  # there may be one image of each patient
+
+
+def test_names_from_outside_are_text_in_the_report(config, tmp_path):
+    """Neither a table cell ends nor a code span begins in a name of a class or of a file."""
+    root, table = root_of(config), rows()
+    table[0][0] = "a`b|c<i>.png"
+    (root / "0.png").rename(root / table[0][0])
+    Image.fromarray(annotated(scan(0))).save(root / "copy`.png")
+    table.append(["copy`.png", "cyst", "x", "test"])
+    hostile = {"cyst": "cyst | `<script>", "mass": "mass"}
+    write_table(root, [[name, hostile[label], *rest] for name, label, *rest in table])
+    output = tmp_path / "check"
+    check_data.write(check_data.check(config), output)
+    page = (output / "check.md").read_text()
+    heads = [line for line in page.splitlines() if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in heads}
+    assert columns == {6}  # split, images, groups and two classes
+    bare = re.sub(r"\\[\\`*_{}\[\]#|~$]", "", page.split("![")[0])
+    assert not set("`<>*[]") & set(bare)
+    assert r"a\`b\|c&lt;i&gt;.png (train, cyst \| \`&lt;script&gt;) = copy\`.png" in page
+
+
 def test_an_empty_split_and_a_class_that_never_trains(config):
     table = [[*row[:3], "val" if row[3] == "test" else row[3]] for row in rows()]
     table = [row for row in table if not (row[3] == "train" and row[1] == "mass")]
@@ -172,10 +202,14 @@ def test_training_warns_of_duplicates_across_splits(tiny_config, config, capsys,
     tiny_config.data.update({"path": config.data.path, "table": "labels.csv"})
     tiny_config.train.epochs, tiny_config.train.best_metric = 1.0, "loss"
     train.train(tiny_config, tmp_path / "clean")
-    assert "warning" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warning" not in said
+    assert "no groups" not in said
     Image.fromarray(annotated(scan(0))).save(root_of(config) / "marks.png")
-    write_table(root_of(config), [*rows(), ["marks.png", "cyst", "x", "test"]])
+    leaky = [[name, label, split] for name, label, _, split in rows()]
+    write_table(root_of(config), [*leaky, ["marks.png", "cyst", "test"]], ("path", "label", "split"))
     train.train(tiny_config, tmp_path / "leaky")
     said = capsys.readouterr().out
+    assert "no groups (patients, videos) are known, so each image counts as one" in said
     assert "the same (0) or nearly the same (1)" in said
     assert "0.png (train) = marks.png (test)" in said

@@ -1,11 +1,12 @@
 """Commands as a user types them."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from vitft_jax import cli
+from vitft_jax import check_data, cli, predict
 from vitft_jax.errors import InputError
 
 
@@ -49,3 +50,13 @@ def test_interrupt_and_bad_input_have_their_own_exit_codes(capsys):
     assert fails(InputError("what, where, what to do")) == 2
     assert capsys.readouterr().err == "error: what, where, what to do\n"
     assert fails(KeyboardInterrupt()) == 130
+
+
+def test_every_exit_code_is_explained_in_the_help_and_in_the_docs(pytestconfig):
+    page = (pytestconfig.rootpath / "docs" / "faults.md").read_text()
+    told = [int(code) for code in re.findall(r"^ +(\d+)  ", cli.EXIT_CODES, re.M)]
+    assert told == [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)]
+    assert len(set(told)) == len(told)
+    for command, code in (("predict", predict.SOME_FAILED), ("check_data", check_data.PROBLEMS_FOUND)):
+        assert re.search(rf"^ +{code}  {command}: ", cli.EXIT_CODES, re.M)
+        assert f"| {code} | `{command}`: " in page

@@ -1,7 +1,9 @@
 """The command predict and `vitft_jax.load`, end to end on tiny runs without their training data."""
 
 import csv
+import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -82,7 +84,10 @@ def test_says_of_the_test_images_what_evaluation_said(runs, image_folder, tmp_pa
         }
     decided = [c for c in said[0] if c.startswith("predicted")]
     right = sum(all(row[c] == row[c.replace("predicted", "true")] for c in decided) for row in said)
-    assert f": {right / len(said):.4f} ({right} of {len(said)} images" in capsys.readouterr().out
+    what = "have all labels right" if name == "several" else "are right"
+    told = capsys.readouterr().out
+    assert f"\n{right} of {len(said)} images with a true label {what}\n" in told
+    assert "accuracy" not in told  # a number without an interval, which the groups would be needed for
 
 
 def test_arrays_images_and_files_of_one_picture_are_one(runs, image_folder, tmp_path):
@@ -175,6 +180,53 @@ def test_a_folder_with_bad_images_gives_the_others(runs, image_folder, tmp_path,
     assert not output.exists()
 
 
+def test_an_image_that_goes_away_has_an_empty_place_on_the_sheet(runs, image_folder, tmp_path, monkeypatch):
+    scans, output = tmp_path / "scans", tmp_path / "out.csv"
+    shutil.copytree(image_folder / "dark", scans)
+    write = predict.report.write_text
+
+    def write_and_lose(path, text):
+        write(path, text)
+        (scans / "3.png").unlink()
+
+    monkeypatch.setattr(predict.report, "write_text", write_and_lose)
+    drawn = []
+    monkeypatch.setattr(predict.sheets, "draw", lambda path, tiles, title: drawn.extend(tiles))
+    assert predict.predict(runs / "one", scans, output, grid=tmp_path / "grid.png") == []
+    assert len(read(output)) == 10
+    assert [tile.caption.split("\n")[0] for tile in drawn if tile.image is None] == ["3.png"]
+    assert len(drawn) == 10
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.png", "pipe.dcm"])
+def test_a_named_pipe_is_no_image_and_nothing_waits_for_it(tmp_path, name):
+    pytest.importorskip("pydicom", reason="needs pydicom, an optional dependency")
+    os.mkfifo(tmp_path / name)
+    Image.new("L", (9, 9)).save(tmp_path / "z.png")
+    (tmp_path / "t.csv").write_text(f"path\n{name}\nz.png\n")
+    said = []
+
+    def look():
+        for images in (tmp_path, tmp_path / "t.csv"):
+            for item in inputs.find(images, ("a", "b"), False).items:
+                try:
+                    item.read(0)
+                    said.append(item.name)
+                except InputError as error:
+                    said.append(str(error))
+        with pytest.raises(InputError, match="there is no such file or folder"):
+            inputs.find(tmp_path / name, ("a", "b"), False)
+        said.append("and refused by itself")
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    fault = f"Cannot read image {tmp_path / name}: the file is missing."
+    in_folder = [] if name == "pipe" else [fault]  # which without an extension is passed over, as a text file is
+    assert said == [*in_folder, "z.png", fault, "z.png", "and refused by itself"]
+
+
 def test_one_file_and_class_folders(runs, image_folder, tmp_path, capsys):
     predict.predict(runs / "one", image_folder / "dark" / "1.png", tmp_path / "out.csv")
     assert [row["path"] for row in read(tmp_path / "out.csv")] == ["1.png"]
@@ -184,7 +236,7 @@ def test_one_file_and_class_folders(runs, image_folder, tmp_path, capsys):
     assert all(row["true"] == row["path"].split("/")[0] for row in rows)
     wrong = sum(row["true"] != row["predicted"] for row in rows)
     said = capsys.readouterr().out
-    assert f"({30 - wrong} of 30 images" in said
+    assert f"{30 - wrong} of 30 images with a true label are right" in said
     assert f"{wrong} mistakes in 30 images" in said
     assert mistakes.is_file()
 
@@ -206,7 +258,7 @@ def test_unknown_labels_are_blank_and_do_not_count(runs, image_folder, tmp_path,
     table.write_text(f"path,label\n{image_folder}/dark/1.png,dark\n{image_folder}/dark/2.png,\n")
     predict.predict(runs / "one", table, tmp_path / "out.csv")
     assert [row["true"] for row in read(tmp_path / "out.csv")] == ["dark", ""]
-    assert "of 1 images" in capsys.readouterr().out
+    assert "1 of 1 images with a true label are right" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

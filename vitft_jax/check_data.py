@@ -1,7 +1,7 @@
 """Checks the images, labels and splits that a config names, before a model is trained on them.
 
 Prints a summary and writes `check.json`, `check.md` and, where there is something to show, `duplicates.png` and `odd.png`.
-Exit code 0: nothing stands against training on these data and trusting the result. 1: something does (problems). 2: bad input,
+Exit code 0: nothing stands against training on these data and trusting the result. 4: something does (problems). 2: bad input,
 such as a table that cannot be understood; its faults are listed together.
 """
 
@@ -20,8 +20,9 @@ from vitft_jax.config import Config
 from vitft_jax.data import duplicates, sources
 from vitft_jax.data.duplicates import Pair
 from vitft_jax.data.oddities import Inspected, inspect
+from vitft_jax.report.markdown import plain
 
-PROBLEMS_FOUND = 1  # exit code
+PROBLEMS_FOUND = 4  # exit code; 1 is a defect of the program
 _THREADS = 4
 _LISTED = 50  # items of a finding in check.md
 _KEPT = 1000  # items of a finding, and pairs, in check.json
@@ -87,6 +88,13 @@ def _of_splits(dataset: data.Dataset) -> Iterator[Finding]:
         True,
         "Each of train, val and test needs images.",
         tuple(split for split in data.SPLITS if split not in dataset.splits),
+    )
+    yield Finding(
+        "images without a group",
+        False,
+        "Each counts as a group of its own. Where several are of one patient or video they may lie in different splits, and "
+        "intervals are too narrow: name it in the column group of a table.",
+        () if dataset.grouped else dataset.names,
     )
     where: dict[str, Counter] = {}
     for group, split in zip(dataset.groups, splits, strict=True):
@@ -161,6 +169,7 @@ def _of_images(dataset: data.Dataset, images: Sequence[Inspected]) -> Iterator[F
         "more than 8 bits": "They are scaled to 8 bits by the smallest depth that holds their maximum.",
         "transparent": "They are put on black.",
         "several frames": "Only the first is read.",
+        "damaged later frames": "Only the first is read, but who damaged the others may have damaged it too: look at it.",
     }
     for kind, items in sorted(by_kind.items()):
         yield Finding(f"{kind} images", kind == "constant", advice[kind], tuple(items))
@@ -279,7 +288,7 @@ def _pictures(found: Check, output: Path) -> list[tuple[str, str]]:
 def _markdown(found: Check, pictures: Sequence[tuple[str, str]]) -> str:
     facts = _json(found)
     lines = ["# Data check", "", _verdict(found), ""]
-    lines += [f"| split | images | groups | {' | '.join(found.dataset.classes)} |"]
+    lines += [f"| split | images | groups | {' | '.join(map(plain, found.dataset.classes))} |"]
     lines += ["|---" + "|---:" * (2 + len(found.dataset.classes)) + "|"]
     for split, of in facts["splits"].items():
         lines.append(f"| {split} | {of['images']} | {of['groups']} | {' | '.join(map(str, of['classes'].values()))} |")
@@ -288,7 +297,7 @@ def _markdown(found: Check, pictures: Sequence[tuple[str, str]]) -> str:
         lines += ["", f"{name.capitalize()}: {', '.join(most)}{', ...' if len(facts[name]) > 5 else ''}."]
     for finding in found.findings:
         lines += ["", f"## {'Problem' if finding.problem else 'Note'}: {finding.kind} ({len(finding.items)})"]
-        lines += ["", finding.advice, "", *(f"- `{item}`" for item in finding.items[:_LISTED])]
+        lines += ["", finding.advice, "", *(f"- {plain(item)}" for item in finding.items[:_LISTED])]
         if len(finding.items) > _LISTED:
             lines.append(f"- ... and {len(finding.items) - _LISTED} more")
     for file, title in pictures:

@@ -16,6 +16,8 @@ EXIT_CODES = """exit codes:
     0  done
     1  a defect of the program, with a traceback; please report it
     2  the input is at fault: the message says what, where, and what to do
+    3  predict: some images could not be read; the others are done
+    4  check_data: there are problems in the data
    74  the machine is at fault, such as a full disk; once it is mended the same command goes on
    75  ended by SIGTERM, as before a preemption; the same command goes on
   130  ended by Ctrl-C; the same command goes on"""

@@ -9,16 +9,15 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vitft_jax.report import conduct, words
 from vitft_jax.report.files import write_text
+from vitft_jax.report.markdown import plain as _plain
 from vitft_jax.report.record import Record, read
 
 FILE = "MODEL_CARD.md"
 _MARK = "<!-- as generated: {} -->\n"
 _MARKED = re.compile(r"<!-- as generated: ([0-9a-f]{64}) -->\n\Z")
-_SPECIAL = re.compile(r"([\\`*_{}\[\]#|~$])")
 _METRICS = {  # ids on the Hub, of those that it knows
     "accuracy": "accuracy",
     "f1_macro": "f1",
@@ -78,13 +77,6 @@ def of(record: Record) -> str:
         _use(record),
     ]
     return "\n".join(parts)
-
-
-def _plain(value: Any) -> str:
-    """Text from outside on one line, where no character of it is markup."""
-    line = "".join(c if c.isprintable() else " " for c in str(value)).encode("utf-8", "replace").decode()
-    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return _SPECIAL.sub(r"\\\1", line)
 
 
 def _front(record: Record) -> str:

@@ -8,8 +8,6 @@ is an image.
 An image that cannot be read is named and left out, and the exit code is 3; it is 2 if nothing was written.
 """
 
-import csv
-import io
 import sys
 import time
 from collections import deque
@@ -18,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from vitft_jax import cli, predictor, report, runtime, sheets
 from vitft_jax.errors import InputError
-from vitft_jax.inputs import UNKNOWN, Inputs, find
+from vitft_jax.inputs import UNKNOWN, Inputs, Item, find
 from vitft_jax.predictor import Predictor
 
 SOME_FAILED = 3  # exit code
@@ -57,13 +56,14 @@ def predict(
     inputs = Inputs(
         tuple(inputs.items[i] for i in read), None if inputs.labels is None else inputs.labels[read]
     )  # the others are told below
-    report.write_text(output, _table(model, inputs, p))
+    names = [item.name for item in inputs.items]
+    report.write_text(output, report.predictions_table(names, model.classes, model.decide(p), p, inputs.labels))
     print(f"{output}: {len(read)} images in {seconds:.1f} s, {_counts(model, p)}", flush=True)
     if inputs.labels is not None and _known(inputs.labels).any():
         known = _known(inputs.labels)
         right = _right(model, inputs.labels, p)[known]
-        what = "all labels right" if model.multilabel else "accuracy"
-        print(f"{what}: {right.mean():.4f} ({right.sum()} of {len(right)} images with a true label)", flush=True)
+        what = "have all labels right" if model.multilabel else "are right"
+        print(f"{right.sum()} of {len(right)} images with a true label {what}", flush=True)
     if grid is not None:
         shown = sheets.spread(len(read))
         _sheet(grid, model, inputs, p, shown, f"{len(shown)} of {len(read)} images")
@@ -110,26 +110,6 @@ def _ahead(pool: ThreadPoolExecutor, model: Predictor, inputs: Inputs) -> Iterat
         yield picture
 
 
-def _table(model: Predictor, inputs: Inputs, p: np.ndarray) -> str:
-    """The CSV: path, true label(s) if any are known, decision(s), and the probability of each class."""
-    many, labels = model.multilabel, inputs.labels
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    true = [] if labels is None else [f"true:{c}" for c in model.classes] if many else ["true"]
-    decided = [f"predicted:{c}" for c in model.classes] if many else ["predicted"]
-    writer.writerow(["path", *true, *decided, *(f"p:{c}" for c in model.classes)])
-    for i, (item, decision) in enumerate(zip(inputs.items, model.decide(p), strict=True)):
-        cells = [] if labels is None else _cells(model, labels[i])
-        writer.writerow([item.name, *cells, *_cells(model, decision), *(f"{x:.6f}" for x in p[i])])
-    return text.getvalue()
-
-
-def _cells(model: Predictor, decision: np.ndarray) -> list[str]:
-    if model.multilabel:
-        return ["" if value == UNKNOWN else str(value) for value in decision]
-    return ["" if decision == UNKNOWN else model.classes[decision]]
-
-
 def _known(labels: np.ndarray) -> np.ndarray:
     """Which images have their true label, or all of them, `(n,)`."""
     return (labels != UNKNOWN) if labels.ndim == 1 else (labels != UNKNOWN).all(axis=1)
@@ -164,9 +144,17 @@ def _sheet(path: Path, model: Predictor, inputs: Inputs, p: np.ndarray, shown: S
             true = model.names(inputs.labels[i : i + 1])[0]
             right = true == said
             caption += f"\ntrue: {', '.join(true) or 'none'}{'' if right else ' (wrong)'}"
-        tiles.append(sheets.Tile(inputs.items[i].read(model.max_side), caption, right))
+        tiles.append(sheets.Tile(_picture(model, inputs.items[i]), caption, right))
     sheets.draw(path, tiles, title)
     print(f"{path}: {title}", flush=True)
+
+
+def _picture(model: Predictor, item: Item) -> Image.Image | None:
+    """The image once more; None if it went away since it was predicted."""
+    try:
+        return item.read(model.max_side)
+    except InputError:
+        return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

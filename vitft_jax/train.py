@@ -339,9 +339,10 @@ def _check_metric(config: Config, dataset: data.Dataset) -> None:
 def _headline(config: Config, dataset: data.Dataset, built: run.Built, workdir: Path) -> str:
     sizes = ", ".join(f"{split} {len(dataset.indices(split))}" for split in data.SPLITS)
     p = built.parameters
+    groups = "" if dataset.grouped else "; no groups (patients, videos) are known, so each image counts as one"
     return (
         f"{workdir}: {len(dataset.classes)} {'labels' if dataset.multilabel else 'classes'} "
-        f"({', '.join(dataset.classes)}); {sizes}\n"
+        f"({', '.join(dataset.classes)}); {sizes}{groups}\n"
         f"{built.weights.source}: {p['total']:,} parameters, {p['trainable']:,} train ({p['trainable_percent']:.2f} %); "
         f"{built.total_steps} steps of {config.train.batch_size} images"
     )

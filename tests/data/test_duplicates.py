@@ -118,13 +118,17 @@ def test_the_warning_is_about_pairs_in_different_splits(monkeypatch):
 
 
 def test_near_duplicates_of_busi(busi):
-    """What the module claims of BUSI: the pairs of its groups are found, and all pairs found show one scene."""
+    """What the module and docs/predict.md claim of BUSI: which pairs are found, and what they mean for its table."""
     with (busi / "labels.csv").open() as file:
         rows = list(csv.DictReader(file))
     found = pairs([fingerprint(Image.open(busi / row["path"]).convert("RGB")) for row in rows])
     assert len(found) == 223
     same = sum(rows[p.first]["group"] == rows[p.second]["group"] for p in found)
     assert same == 149
+    crossing, different = (
+        sum(rows[p.first][column] != rows[p.second][column] for p in found) for column in ("split", "label")
+    )
+    assert (crossing, different) == (26, 11)
     exact = [p for p in found if p.kind == "exact"]
     assert [(rows[p.first]["path"][-16:], rows[p.second]["path"][-19:]) for p in exact] == [
         ("benign (433).png", "malignant (145).png")

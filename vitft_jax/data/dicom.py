@@ -28,6 +28,8 @@ def is_dicom(path: Path) -> bool:
     if path.suffix.lower() in EXTENSIONS:
         return True
     try:
+        if not path.is_file():  # to open a pipe would wait for ever
+            return False
         with path.open("rb") as file:
             return file.read(132)[128:] == b"DICM" and path.name != _INDEX
     except OSError:
@@ -37,6 +39,8 @@ def is_dicom(path: Path) -> bool:
 def frames(path: Path) -> int:
     """Number of frames; 1 where that cannot be told, and `read` says why."""
     try:
+        if not path.is_file():  # as above
+            return 1
         header = _pydicom(path).dcmread(path, specific_tags=["NumberOfFrames"], stop_before_pixels=True)
         return max(1, int(header.get("NumberOfFrames") or 1))
     except Exception:  # a damaged file can raise nearly anything
@@ -51,12 +55,14 @@ def read(path: Path, frame: int = 0, max_side: int = 0) -> Image.Image:
     """
     pydicom = _pydicom(path)
     try:
+        if not path.is_file():  # as above
+            raise FileNotFoundError
         header = pydicom.Dataset()
         values = pydicom.pixels.pixel_array(path, index=frame, ds_out=header)
         return to_8_bit(_image(values, header, pydicom), max_side)
     except FileNotFoundError:
         raise InputError(f"Cannot read image {path}: the file is missing.") from None
-    except Exception as error:  # as above
+    except Exception as error:  # as in `frames`
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"Cannot read image {path}: damaged DICOM, or not supported: {reason}") from error
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vitft_jax.data.duplicates import Fingerprint, fingerprint
-from vitft_jax.data.images import EncodedImages
+from vitft_jax.data.images import FORMATS, EncodedImages
 from vitft_jax.data.sources import Images
 from vitft_jax.errors import InputError
 
@@ -41,13 +41,13 @@ def inspect(images: Images, index: int, image_size: int) -> Inspected:
     """Looks at image `index`; `image_size` is the side of the model's input."""
     try:
         image = images[index]
-    except InputError as error:
+        size, mode, stored = image.size, image.mode, ()
+        if isinstance(images, EncodedImages):
+            source = images.source(index)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as file:
+                size, mode, stored = file.size, file.mode, tuple(_stored(file))
+    except (InputError, OSError) as error:  # OSError: the file went away since it was decoded
         return Inspected(str(error), (0, 0), "", None, ())
-    size, mode, stored = image.size, image.mode, ()
-    if isinstance(images, EncodedImages):
-        source = images.source(index)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            size, mode, stored = file.size, file.mode, tuple(_stored(file))
     return Inspected("", size, mode, fingerprint(image), (*stored, *_seen(image, size, image_size)))
 
 
@@ -56,8 +56,13 @@ def _stored(file: Image.Image) -> Iterator[tuple[str, str]]:
         yield "more than 8 bits", f"mode {file.mode}"
     if file.has_transparency_data:
         yield "transparent", f"mode {file.mode}"
-    if (frames := getattr(file, "n_frames", 1)) > 1:
-        yield "several frames", f"{frames}, of which the first is read"
+    try:
+        frames = getattr(file, "n_frames", 1)
+    except Exception as error:  # as in `images.decode`: the first frame is whole, but to count the others reads them
+        yield "damaged later frames", f"only the first can be read: {str(error) or type(error).__name__}"
+    else:
+        if frames > 1:
+            yield "several frames", f"{frames}, of which the first is read"
 
 
 def _seen(image: Image.Image, size: tuple[int, int], image_size: int) -> Iterator[tuple[str, str]]:

@@ -53,6 +53,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def grouped(self) -> bool:
+        """Whether patients or videos were given."""
+        return self.groups != self.names
+
     def indices(self, split: str) -> np.ndarray:
         """Returns the positions (int64, ascending) of a split's examples; raises InputError for an unknown split."""
         if split not in SPLITS:

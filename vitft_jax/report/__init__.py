@@ -4,7 +4,7 @@ from vitft_jax.report.charts import heat_map
 from vitft_jax.report.files import finite, write_json, write_text
 from vitft_jax.report.log import MetricsLog
 from vitft_jax.report.machine import cpu, environment
-from vitft_jax.report.predictions import Predictions, read_predictions, write_predictions
+from vitft_jax.report.predictions import Predictions, predictions_table, read_predictions, write_predictions
 from vitft_jax.report.screen import PLAIN_LINES, Screen, interval, line, print_calibration, print_results
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "heat_map",
     "interval",
     "line",
+    "predictions_table",
     "print_calibration",
     "print_results",
     "read_predictions",

@@ -15,7 +15,7 @@ def write_text(path: Path, text: str) -> None:
     if not processes.first():
         return
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", newline="")
     os.replace(part, path)
 
 

@@ -1,40 +1,59 @@
 """Tables of what a model said about a split, `predictions_<split>.csv`."""
 
 import csv
-import os
+import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from vitft_jax import processes
 from vitft_jax.data import Dataset
 from vitft_jax.errors import InputError
+from vitft_jax.report.files import write_text
 
 
 def write_predictions(path: Path, dataset: Dataset, indices: np.ndarray, p: np.ndarray, decided: np.ndarray) -> None:
-    """Writes a CSV: path, group, true label(s), decision(s), and the probability of each class."""
-    if not processes.first():
-        return
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        many = dataset.multilabel
-        writer.writerow(
-            ["path", "group"]
-            + ([f"true:{c}" for c in dataset.classes] if many else ["true"])
-            + ([f"predicted:{c}" for c in dataset.classes] if many else ["predicted"])
-            + [f"p:{c}" for c in dataset.classes]
-        )
-        for i, probabilities, decision in zip(indices, p, decided, strict=True):
-            true = dataset.labels[i]
-            writer.writerow(
-                [dataset.names[i], dataset.groups[i]]
-                + (true.astype(int).tolist() if many else [dataset.classes[true]])
-                + (decision.tolist() if many else [dataset.classes[decision]])
-                + [f"{x:.6f}" for x in probabilities]
-            )
-    os.replace(part, path)
+    """Writes what a model said of images of a dataset, with their groups, whole or not at all."""
+    names, groups = ([values[i] for i in indices] for values in (dataset.names, dataset.groups))
+    write_text(path, predictions_table(names, dataset.classes, decided, p, dataset.labels[indices], groups))
+
+
+def predictions_table(
+    names: Sequence[str],
+    classes: Sequence[str],
+    decided: np.ndarray,
+    p: np.ndarray,
+    labels: np.ndarray | None = None,
+    groups: Sequence[str] | None = None,
+) -> str:
+    """CSV: path, group and true label(s) if given, decision(s), and the probability of each class.
+
+    Args:
+        names: Of the images.
+        classes: Names of the columns of `p`.
+        decided: The class `(n,)`, or 0/1 for each label `(n, C)`.
+        p: Probabilities `(n, C)`.
+        labels: As `decided`; negative where not known, which is a blank.
+        groups: Of the images.
+    """
+    many = decided.ndim == 2
+
+    def heads(what: str) -> list[str]:
+        return [f"{what}:{c}" for c in classes] if many else [what]
+
+    def cells(label: np.ndarray) -> list[str]:
+        values = [str(int(x)) for x in label] if many else [classes[label]]
+        return ["" if x < 0 else value for x, value in zip(np.atleast_1d(label), values, strict=True)]
+
+    text = io.StringIO()
+    writer = csv.writer(text)
+    group, true = ([] if groups is None else ["group"]), ([] if labels is None else heads("true"))
+    writer.writerow(["path", *group, *true, *heads("predicted"), *(f"p:{c}" for c in classes)])
+    for i, name in enumerate(names):
+        group, true = ([] if groups is None else [groups[i]]), ([] if labels is None else cells(labels[i]))
+        writer.writerow([name, *group, *true, *cells(decided[i]), *(f"{x:.6f}" for x in p[i])])
+    return text.getvalue()
 
 
 @dataclass(frozen=True)
