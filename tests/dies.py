@@ -36,7 +36,9 @@ if __name__ == "__main__":
     def counted(state, *args, **kwargs):
         calls.append(None)
         if len(calls) == int(last):
-            jax.block_until_ready(state)  # while processes connect for the first time, JAX alone notices that one is gone
+            jax.block_until_ready(
+                state
+            )  # while processes connect for the first time, JAX alone notices that one is gone
             end(who, how)
         return real(state, *args, **kwargs)
 

@@ -89,7 +89,9 @@ def test_a_run_that_was_killed_ends_as_one_of_a_single_process(tiny_config, tmp_
     assert codes == [-signal.SIGKILL] * 2
     assert [line["step"] for line in lines(tmp_path / "two")] == [3, 3]
     shutil.copytree(tmp_path / "two", tmp_path / "moved")
-    codes, _, errors = together("dies.py", "2:1:input", *flags)  # it ends at once; the other with a message, or by JAX's hand
+    codes, _, errors = together(
+        "dies.py", "2:1:input", *flags
+    )  # it ends at once; the other with a message, or by JAX's hand
     assert codes in ([74, 2], [-signal.SIGABRT, 2])
     assert ("the processes lost each other" if codes[0] == 74 else "another task died") in errors[0]
     assert "Traceback" not in errors[0]
