@@ -9,7 +9,6 @@ that to the first run, taken round by round. FLOPs are those of a forward pass, 
 """
 
 import argparse
-import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ def read(path: Path) -> Run:
     config = folder.config()
     if not folder.summary.exists():
         raise InputError(f"{path}: no summary.json, so this run is not finished; train it to its end first")
-    summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+    summary = folder.results()
     if "flops" in summary:
         return Run(path, config, summary["metrics"]["test"], summary["flops"]["forward"])
     _, built = opened(path)  # of an earlier version
@@ -192,6 +191,7 @@ def picture(runs: Sequence[Run], found: Sequence[dict[str, list[float]]], batch:
     for r, by_work in zip(runs, found, strict=True):
         low, x, high = contest.quartiles(by_work[f"inference {batch}"])
         y = r.metrics[metric]
+        y = {key: y["value"] if number is None else number for key, number in y.items()}  # of one group: no interval
         axes.errorbar(
             x, y["value"], yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]], xerr=[[x - low], [high - x]],
             color="0.55", linewidth=1, capsize=3, markersize=8, markeredgecolor="black", label=r.kind, **MARKERS[r.kind],
@@ -277,6 +277,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for r in runs:
         if options.metric not in r.metrics:
             raise InputError(f"--metric {options.metric}: {r.path} has {', '.join(r.metrics)}")
+        if options.plot and r.metrics[options.metric]["value"] is None:
+            raise InputError(
+                f"--plot: {options.metric} of {r.path} is undefined ({report.interval(r.metrics[options.metric])}); choose another "
+                "--metric, or leave --plot out for a table that says so"
+            )
     found = speeds(runs, options)
     print(f"{report.cpu()}; Python {platform.python_version()}, jax {jax.__version__}; {options.rounds} rounds\n")
     print(*table(runs, found, list(dict.fromkeys((options.metric, "auroc")))), sep="\n")

@@ -33,14 +33,16 @@ def pooled_change(before: Sequence[Path], after: Sequence[Path], split: str = "t
     """Changes of metrics from runs to others on the same images, seed by seed: mean over the seeds, as `pooled`.
 
     Raises:
-        InputError: The runs of a seed have other images; or as `pooled`.
+        InputError: There are not as many runs, those of a seed have other images or labels; or as `pooled`.
     """
+    if len(before) != len(after):
+        raise InputError(f"{len(before)} runs to compare {len(after)} runs with; give one for each, in the same order")
     read = [[report.read_predictions(run / f"predictions_{split}.csv") for run in runs] for runs in (before, after)]
     pairs = list(zip(*read, strict=True))
-    for (old, new), run in zip(pairs, after, strict=True):
-        if old.names != new.names:
+    for (old, new), there, here in zip(pairs, before, after, strict=True):
+        if (old.names, old.classes) != (new.names, new.classes) or not np.array_equal(old.labels, new.labels):
             raise InputError(
-                f"{run}: its {split} images are not those of its float run; give the runs in the same order"
+                f"{here}: its {split} images or their labels are not those of {there}; give the runs in the same order"
             )
 
     def of(i: int, weights: np.ndarray) -> Mapping[str, np.ndarray]:

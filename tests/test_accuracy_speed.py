@@ -111,6 +111,30 @@ def test_a_run_without_a_training_step_has_an_empty_cell():
     assert row.endswith("| 3.0 (3.0 to 3.0) | 3.00x (3.00 to 3.00) |  |  |")
 
 
+def test_an_undefined_metric_is_said_so_and_is_not_drawn(monkeypatch):
+    runs = [made_up("lora"), made_up("int8")]
+    found = [{"inference 8": [1.0, 1.0]}, {"inference 8": [3.0, 3.0]}]
+    runs[0].metrics["accuracy"] = {"value": 0.5, "low": None, "high": None}
+    accuracy_speed.picture(runs, found, 8, "accuracy")  # a point without a bar
+    runs[1].metrics["accuracy"] = dict.fromkeys(("value", "low", "high"))
+    rows = accuracy_speed.table(runs, found, ["accuracy"])
+    assert "| 0.500 (only one group) |" in rows[-2]
+    assert "| undefined: a class is absent |" in rows[-1]
+    monkeypatch.setattr(accuracy_speed, "read", lambda path: {"lora": runs[0], "int8": runs[1]}[path.name])
+    with pytest.raises(InputError, match=r"--plot: accuracy of int8 is undefined, since a class is absent"):
+        accuracy_speed.main(["lora", "int8", "--plot", "plot.png"])
+
+
+def test_a_run_that_is_not_finished_or_damaged_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.json").write_text(configs.to_json(configs.default()))
+    with pytest.raises(InputError, match="not finished"):
+        accuracy_speed.read(tmp_path)
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(InputError, match=r"summary\.json: cannot be read"):
+        accuracy_speed.read(tmp_path)
+
+
 def test_points_of_the_picture_have_a_marker_for_what_they_do_and_a_name_of_their_own():
     settings = [{}, {"layers": (3,)}, {"layers": (6,)}, {"layers": (3,), "rejoin": (9,)}]
     runs = [made_up(f"run_{i}", 0.8 - 0.01 * i, **skip) for i, skip in enumerate(settings)]

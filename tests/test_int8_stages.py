@@ -43,5 +43,5 @@ def test_a_table_over_two_seeds_that_quantises_once(tiny_config, tmp_path, monke
         assert mean - 0.05 <= high
     monkeypatch.setattr(int8_stages, "quantize", None)
     assert int8_stages.table(runs, runs, tmp_path / "int8", stages) == lines
-    with pytest.raises(InputError, match="its test images are not those of its float run"):
+    with pytest.raises(InputError, match="its test images or their labels are not those of"):
         int8_stages.table(runs, runs[::-1], tmp_path / "int8", stages)

@@ -32,6 +32,17 @@ def test_gradients_keep_bfloat16():
     assert {a.dtype for a in (out, *pull(g))} == {jnp.dtype(jnp.bfloat16)}
 
 
+def test_a_float32_kernel_is_multiplied_in_the_dtype_of_x_and_gets_a_float32_gradient():
+    x, w, g = problem(6, 9)
+    x, g = x.astype(jnp.bfloat16), g.astype(jnp.bfloat16)
+    out, pull = jax.vjp(lambda x, w: product.dot_general(x, w, None), x, w)
+    expected, pull_reference = jax.vjp(product.matmul, x, w.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(out, expected)
+    assert [a.dtype for a in (out, *pull(g))] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+    for a, b in zip(pull(g), pull_reference(g), strict=True):
+        np.testing.assert_array_equal(a, b.astype(a.dtype))
+
+
 @pytest.mark.parametrize(("method", "products"), [("", 3), ("lora", 3), ("adalora", 3), ("quant", 2)])
 def test_every_bfloat16_product_of_a_step_reads_rows(method, products):
     """Backward products included: contraction over the last axis of the left and the first of the right operand."""

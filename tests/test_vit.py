@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import TINY, init, tiny
 
-from vitft_jax import tree, vit
+from vitft_jax import product, tree, vit
 
 GOLDEN = {  # family, size: parameters at 224 px with 1000 classes, patch 16; timm's counts for the same names
     ("vit", "tiny"): 5_717_416,
@@ -147,6 +147,19 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters_and_logits():
     )
     assert len(dots) >= 6 * model.depth
     assert {kind.rsplit("x", 1)[1] for pair in dots for kind in pair} == {"bf16"}
+
+
+def test_the_door_gets_the_kernel_as_it_is_stored():
+    """What quantises it, or reads its norm, must not see it rounded to the compute dtype."""
+    seen = []
+
+    def dot(x, kernel, dimensions, **_):
+        seen.append((x.dtype, kernel.dtype))
+        return product.dot_general(x, kernel, dimensions)
+
+    model = tiny(dtype=jnp.bfloat16, dot_general_cls=lambda: dot)
+    model.apply(init(tiny()), jnp.zeros((1, 16, 16, 3)))
+    assert set(seen) == {(jnp.dtype("bfloat16"), jnp.dtype("float32"))}
 
 
 def test_batch_elements_do_not_see_each_other():

@@ -163,6 +163,8 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
         figures.chosen(config, dataset)
         path = workdir / "evaluations" / (name or "-".join(config.methods) or "plain")
         path.mkdir(parents=True, exist_ok=True)
+        del trained
+    del source  # the base in float, of which an int8 base needs nothing any more
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, at = checkpoints.restore_best(built.trainable, built.program.layout)
     out = outputs(built.program, trainable, built.frozen, dataset, split, config)

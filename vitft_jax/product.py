@@ -80,5 +80,5 @@ matmul.defvjp(_forward, _backward)
 
 
 def dot_general(x: Array, kernel: Array, dimensions: Any, **_: Any) -> Array:
-    """`matmul`, called as a linear layer of Flax calls `lax.dot_general`."""
-    return matmul(x, kernel)
+    """`matmul`, called as a linear layer of Flax calls `lax.dot_general`; the kernel is cast to the dtype of x."""
+    return matmul(x, kernel.astype(x.dtype))

@@ -183,7 +183,8 @@ class Best:
     Attributes:
         config: Of the run, on the devices of today.
         task: Of the run.
-        source: Its base weights; None where they were random, or the checkpoint holds the whole model.
+        source: What its base weights are, its `params` let go; None where they were random, or the checkpoint holds the whole
+            model.
         built: Its program, and its variables before step 0.
         trainable: What trained, as in the best checkpoint.
         step: Of that checkpoint.
@@ -212,6 +213,7 @@ def best(workdir: Path, devices: int = 0) -> Best:
     config, source = resolve(config, whole)
     task = folder.task(config)
     built = build_for(config, task, source, whole)
+    source = replace(source, params={}) if source else None  # in float, beside what `built` holds
     folder.confirm(task, built)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, at = checkpoints.restore_best(built.trainable, built.program.layout)
@@ -332,9 +334,10 @@ def _initial(
     known = {name: leaf for name, leaf in known.items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
     # Only what is missing is drawn: to compile the draws of a whole model takes seconds.
     missing = tree.split(shapes, lambda n: n not in known)[0]
+    names = tree.flatten(missing).keys()  # not `known`: jit keeps what a function refers to
 
     def draw(key: jax.Array) -> dict[str, Any]:
-        return tree.split(model.init(key, images), lambda n: n not in known)[0]
+        return tree.split(model.init(key, images), lambda n: n in names)[0]
 
     fresh = jax.jit(draw, out_shardings=layout.shardings(missing))(key)
     if config.methods and layout.mesh is not None:

@@ -64,8 +64,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     if folder.whole() is not None:
         raise InputError(
             f"--workdir {workdir}: holds an int8 model that vitft_jax.quantize made, which does not train. To train adapters "
-            "over an int8 base, start a new run: --config configs/qat.py --config.methods=quant,lora "
-            "--config.train.trainable=^head --config.quant.base=int8"
+            "over an int8 base, start a new run: --config configs/qat.py --config.quant.base=int8"
         )
     folder.check(config)
     dataset = folder.dataset(config)
@@ -74,6 +73,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     figures.chosen(config, dataset)
     loggers.check(config)
     built = run.build(config, dataset, source)
+    del source  # the base in float, of which an int8 base needs nothing any more
     if adapter is not None:
         built, with_head = peft.insert(built, adapter, dataset.classes)
         print(f"starts from the adapter {adapter.source}{'' if with_head else ', with a fresh head'}", flush=True)

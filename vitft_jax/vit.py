@@ -52,9 +52,9 @@ class Select(Protocol):
         """
 
 
-def _promote(*arrays: Array | None, dtype: Dtype, **_: Any) -> list[Array | None]:
-    """Casts to the compute dtype; a kernel that a method has made integers stays as it is."""
-    return [a if a is None or jnp.issubdtype(a.dtype, jnp.integer) else jnp.asarray(a, dtype) for a in arrays]
+def _promote(x: Array, kernel: Array, bias: Array, *, dtype: Dtype, **_: Any) -> tuple[Array, Array, Array]:
+    """Casts to the compute dtype, but for the kernel: the product casts that, or quantises what was stored."""
+    return jnp.asarray(x, dtype), kernel, jnp.asarray(bias, dtype)
 
 
 def _dense(module: nn.Module, features: int, name: str) -> nn.Dense:
@@ -205,7 +205,8 @@ class ViT(nn.Module):
             'cls+mean' (concatenated).
         eps: LayerNorm epsilon: 1e-12 for Hugging Face's ViT and DeiT, 1e-6 elsewhere.
         dtype: Compute dtype.
-        dot_general_cls: Constructor of the product in every linear layer; None is `product.dot_general`.
+        dot_general_cls: Constructor of the product in every linear layer, of x in `dtype` and a kernel as it is stored; None
+            is `product.dot_general`.
         attend: Attention between the projections; None is `attention.attend`.
         select: Token selector; None keeps all tokens.
         remat: What the backward pass of a block computes again: 'none', or a key of `REMAT`.

@@ -96,7 +96,7 @@ def test_a_model_without_skipping_is_the_run_without_skipping(root, image_folder
     best = run.best(root / "skip")
     config = best.config.copy_and_resolve_references()
     config.methods = ("lora",)
-    plain = run.build_for(config, best.task, best.source)
+    plain = run.build_for(config, best.task, run.resolve(config)[1])
     models = [vitft_jax.load(folder) for folder in (tmp_path / "hf", root / "skip", root / "skip")]
     models[1]._built = plain
     found, expected, other = (model.predict(images(image_folder)).probabilities for model in models)

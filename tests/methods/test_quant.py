@@ -1,14 +1,19 @@
+import gc
 import json
 import re
+import weakref
+from dataclasses import replace
 
+import exports
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import TINY, init, integer_dots, randomised, tiny
 
+import vitft_jax
+from vitft_jax import calibration, evaluate, methods, optim, quantizer, run, step, train, tree, vit
 from vitft_jax import config as configs
-from vitft_jax import methods, optim, quantizer, run, step, train, tree, vit
 from vitft_jax.errors import InputError
 from vitft_jax.methods import quant
 
@@ -87,13 +92,16 @@ def test_a_skipped_layer_stays_float_and_the_head_can_be_quantised_too():
     assert set(quant.layers(variables)) == chosen
 
 
-def test_both_bases_give_the_same_logits():
-    _, model, variables, params = quantised(base="int8")
-    _, trained, float_variables, _ = quantised(base="float")
-    logits = model.apply(variables, IMAGES)
-    np.testing.assert_allclose(logits, trained.apply(float_variables, IMAGES), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_bases_give_the_same_logits(dtype):
+    """In bfloat16 too it is the float32 kernel that is quantised: rounded to bfloat16 first it would be other integers."""
+    whole = tiny(dtype=jnp.dtype(dtype))
+    _, model, variables, params = quantised(base="int8", model=whole)
+    _, trained, float_variables, _ = quantised(base="float", model=whole)
+    logits = jax.jit(model.apply)(variables, IMAGES)
+    np.testing.assert_allclose(logits, jax.jit(trained.apply)(float_variables, IMAGES), rtol=1e-5, atol=1e-5)
     exact = tiny().apply({"params": params}, IMAGES)
-    assert 1e-4 < jnp.abs(logits - exact).max() < 0.05 * jnp.abs(exact).max()
+    assert 1e-4 < jnp.abs(logits - exact).max() < 0.1 * jnp.abs(exact).max()
 
 
 @pytest.mark.parametrize("changes", [{}, {"bits": 4}, {"weight_only": True}])
@@ -202,6 +210,74 @@ def test_what_is_frozen_of_a_converted_layer_is_integers_and_vectors():
     assert tree.nbytes(frozen["quant"]) == 4 * TINY["depth"] * (5 * 32 + 64)
 
 
+def over_int8(image_folder, folder):
+    """A config of LoRA over an int8 base that lies in files."""
+    base = exports.write_base(folder / "base", "vit")
+    return exports.config_for(image_folder, base, ("quant", "lora"), **{"quant.base": "int8", "train.epochs": 1.0})
+
+
+def test_the_float_base_is_let_go_before_training_and_before_evaluation(image_folder, tmp_path, monkeypatch):
+    """No array that held a float kernel is left when steps begin; a command that kept the weights it read would keep it."""
+    kernels, moments, resolve = [], [], run.resolve
+
+    def watched(*arguments):
+        config, source = resolve(*arguments)
+        for layer in LAYERS:
+            kernel = tree.flatten(source.params)[f"{layer}/kernel"]
+            while isinstance(kernel.base, np.ndarray):
+                kernel = kernel.base
+            kernels.append(weakref.ref(kernel))
+        return config, source
+
+    def check(moment):
+        gc.collect()
+        assert len(kernels) == len(LAYERS)
+        assert [layer for layer, kernel in zip(LAYERS, kernels, strict=True) if kernel() is not None] == [], moment
+        kernels.clear()
+        moments.append(moment)
+
+    def before(module, name, moment):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: [check(moment), function(*a, **k)][1])
+
+    monkeypatch.setattr(run, "resolve", watched)
+    monkeypatch.setattr(evaluate, "resolve", watched)
+    before(calibration, "calibrated", "training")
+    before(evaluate, "outputs", "evaluation")
+    train.train(over_int8(image_folder, tmp_path), tmp_path / "run")
+    evaluate.evaluate(tmp_path / "run")
+    evaluate.evaluate(tmp_path / "run", overrides=["figures.count=0"])
+    predictor = vitft_jax.load(tmp_path / "run")
+    check("prediction")
+    assert predictor.classes
+    assert moments == ["training", "evaluation", "evaluation", "prediction"]
+    assert run.best(tmp_path / "run").source.params == {}
+
+
+def test_zeroed_float_kernels_change_nothing(image_folder, tmp_path):
+    """Nothing that multiplies is float: neither what a run was built from, nor what may be left in its variables."""
+    config, source = run.resolve(over_int8(image_folder, tmp_path))
+    source = replace(source, params=jax.tree.map(np.array, source.params))  # which can be written to
+    dataset = run.Folder(tmp_path / "run").dataset(config)
+
+    def zeroed(variables):
+        """Float kernels of converted layers as zeros, in place where that can be."""
+        for name, leaf in tree.flatten(variables).items():
+            if name.removeprefix("params/").removesuffix("/kernel") in LAYERS and leaf.dtype == np.float32:
+                leaf[...] = 0
+
+    def logits(built):
+        return np.asarray(step.eval_step(built.trainable, built.frozen, BATCH["image"], program=built.program))
+
+    built = run.build(config, dataset, source)
+    before = logits(built)
+    zeroed(source.params)
+    for part in (built.trainable, built.frozen):
+        zeroed(part)  # raises on a float kernel, since arrays of JAX cannot be written to
+    np.testing.assert_array_equal(logits(built), before)
+    assert np.abs(logits(run.build(config, dataset, source)) - before).max() > 1e-2  # there was something to zero
+
+
 def test_int8_base_of_a_large_model_has_the_bytes_that_the_formula_says():
     """ViT-B/16 of 1000 classes: 84,934,656 bytes of kernels, 331,776 of scales, 4 for each of 1,633,000 other parameters."""
     method = methods.load(quant_config(base="int8"))
@@ -240,7 +316,7 @@ def test_bad_settings(changes, message):
         quantised(**changes)
 
 
-@pytest.mark.parametrize("extra", ["", "methods=quant,lora train.trainable=^head quant.base=int8"])
+@pytest.mark.parametrize("extra", ["", "methods=quant train.trainable=.", "quant.base=int8"])
 def test_the_command_trains(tiny_config, tmp_path, pytestconfig, extra):
     train.main([
         f"--config={pytestconfig.rootpath / 'configs' / 'qat.py'}", f"--workdir={tmp_path / 'run'}",

@@ -7,8 +7,11 @@ Two kinds of base, by ``quant.base``:
 - 'float', quantisation-aware training: kernels stay float32 and are quantised anew in every forward pass, by AQT; gradients
   are those of the quantised product, straight through the rounding. With ``quant.static`` the ranges of activations are
   calibrated before step 0, and stay.
-- 'int8': kernels that do not train are int8 arrays in `params` themselves, with their scales in the collection `quant`, so
-  no float copy of them exists. Adapters train in float beside them. `vitft_jax.quantize` writes runs of this kind.
+- 'int8': kernels that do not train are int8 arrays in `params` themselves, with their scales in the collection `quant`.
+  Before step 0 the float kernels are read once and let go. Adapters train in float beside the integers.
+  `vitft_jax.quantize` writes runs of this kind.
+
+Either way it is the kernel in float32 that is quantised, whatever the model computes in.
 
 AQT differentiates its training products only, not its products with stored integers, so the second kind is our own
 `quantizer.frozen_product`. All that comes from AQT is the forward pass of `trained_product`: its backward pass reads operands
@@ -68,20 +71,24 @@ class Settings:
 
 @cache
 def trained_product(bits: int, weight_only: bool) -> Product:
-    """`quantizer.trained_product` with AQT's forward pass."""
+    """`quantizer.trained_product` with AQT's forward pass; `weight_only` multiplies no integers, and is our own."""
+    if weight_only:
+        return quantizer.trained_product(bits, weight_only)
 
     def multiply(x: Array, kernel: Array, bound: Array | None) -> Array:
         c = aqt.config_v4(fwd_bits=8, dlhs_bits=None, drhs_bits=None)
-        aqt.set_bits(c, None if weight_only else 8, bits, None, None, None, None)
+        aqt.set_bits(c, 8, bits, None, None, None, None)
         aqt.set_stochastic_rounding(c, False, False, "jax.uniform")
         aqt.set_scale_and_bias_dtype(c, jnp.float32)
         if bound is not None:
             # AQT asks for a scale of the rank of x, and would take 0 for a range.
             largest = jnp.where(bound == 0, 1.0, bound).reshape((1,) * x.ndim)
             c.fwd.dg_quantizer.lhs.calibration = partial(ConstantCalibration, bound=largest)
-        return c(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        # It wants both in one dtype, and in bfloat16 would round the sums before it scales them.
+        wide = (a.astype(jnp.float32) for a in (x, kernel))
+        return c(*wide, (((x.ndim - 1,), (0,)), ((), ()))).astype(x.dtype)
 
-    return quantizer.trained_product(bits, weight_only, multiply)
+    return quantizer.trained_product(bits, multiply=multiply)
 
 
 class QuantDot(nn.Module):

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from vitft_jax import tree
+from vitft_jax import product, tree
 from vitft_jax.errors import InputError
 from vitft_jax.vit import ViT
 
@@ -41,7 +41,7 @@ class Tap(nn.Module):
         chosen = np.unique(np.linspace(0, flat.shape[1] - 1, self.tokens).round().astype(int))
         self.sow("seen", "absmax", jnp.max(jnp.abs(flat), axis=(0, 1)))
         self.sow("seen", "rows", flat[:, chosen].reshape(-1, x.shape[-1]))
-        return lax.dot_general(x, kernel, dimensions, **kwargs)
+        return product.dot_general(x, kernel, dimensions, **kwargs)
 
 
 def observe(model: ViT, params: tree.Tree, batches: Iterable[Array], images: int) -> dict[str, Seen]:

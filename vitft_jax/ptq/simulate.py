@@ -40,7 +40,7 @@ class SimulatedDot(nn.Module):
     @nn.compact
     def __call__(self, x: Array, kernel: Array, dimensions: Any, **kwargs: Any) -> Array:
         """Maps x `(..., in)` and a kernel `(in, out)` to `(..., out)`."""
-        dot = partial(lax.dot_general, dimension_numbers=dimensions, **kwargs)
+        dot, kernel = partial(lax.dot_general, dimension_numbers=dimensions, **kwargs), kernel.astype(x.dtype)
         if "/".join(self.path[:-1]) not in self.paths or self.weight_only:
             return dot(x, kernel)
         on = self.variable(COLLECTION, "on", lambda: jnp.ones((), bool)).value
