@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--metric {options.metric}: {r.path} has {', '.join(r.metrics)}")
         if options.plot and r.metrics[options.metric]["value"] is None:
             raise InputError(
-                f"--plot: {options.metric} of {r.path} is undefined ({report.interval(r.metrics[options.metric])}); choose another "
+                f"--plot: {options.metric} of {r.path} is {report.interval(r.metrics[options.metric])}; choose another "
                 "--metric, or leave --plot out for a table that says so"
             )
     found = speeds(runs, options)

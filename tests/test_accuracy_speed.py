@@ -116,12 +116,12 @@ def test_an_undefined_metric_is_said_so_and_is_not_drawn(monkeypatch):
     found = [{"inference 8": [1.0, 1.0]}, {"inference 8": [3.0, 3.0]}]
     runs[0].metrics["accuracy"] = {"value": 0.5, "low": None, "high": None}
     accuracy_speed.picture(runs, found, 8, "accuracy")  # a point without a bar
-    runs[1].metrics["accuracy"] = dict.fromkeys(("value", "low", "high"))
+    runs[1].metrics["accuracy"] = {**dict.fromkeys(("value", "low", "high")), "why": "no image is 'b'"}
     rows = accuracy_speed.table(runs, found, ["accuracy"])
-    assert "| 0.500 (only one group) |" in rows[-2]
-    assert "| undefined: a class is absent |" in rows[-1]
+    assert "| 0.500 (no interval: only one group) |" in rows[-2]
+    assert "| undefined (no image is 'b') |" in rows[-1]
     monkeypatch.setattr(accuracy_speed, "read", lambda path: {"lora": runs[0], "int8": runs[1]}[path.name])
-    with pytest.raises(InputError, match=r"--plot: accuracy of int8 is undefined, since a class is absent"):
+    with pytest.raises(InputError, match=r"--plot: accuracy of int8 is undefined .no image is 'b'."):
         accuracy_speed.main(["lora", "int8", "--plot", "plot.png"])
 
 

@@ -84,10 +84,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 
 
 def test_a_metric_that_is_undefined_says_why(tmp_path):
-    nothing = dict.fromkeys(("value", "low", "high"))
+    nothing = {**dict.fromkeys(("value", "low", "high")), "why": "no image is 'b'"}
     runs = [written(tmp_path, f"lora_{i}", "aabb", auroc=nothing) for i in (0, 1)]
     for chosen in (runs, runs[:1]):
-        assert cells(results.table(chosen))[1][-1] == "undefined: a class is absent"
+        assert cells(results.table(chosen))[1][-1] == "undefined (no image is 'b')"
 
 
 def test_a_run_without_a_summary_or_the_split_is_one_message(tmp_path, monkeypatch, capsys):
