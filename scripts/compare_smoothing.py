@@ -9,7 +9,7 @@ over the images, once as the weights are and once with outliers planted in every
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import jax
@@ -27,13 +27,13 @@ from vitft_jax.step import Program, normalise
 FACTORS = (100.0, 60.0, 30.0)
 
 
-def planted(params: tree.Tree) -> tree.Tree:
-    """Outliers by `FACTORS` in some channels of every LayerNorm of the blocks; the kernels behind take them back."""
+def planted(params: tree.Tree, factors: Sequence[float] = FACTORS) -> tree.Tree:
+    """Outliers by `factors` in as many channels of every LayerNorm of the blocks; the kernels behind take them back."""
     leaves, rng = tree.flatten(params), np.random.default_rng(0)
     for fold in smooth.folds(params):
         if "norm" in fold.source:
             s = np.ones(leaves[f"{fold.source}/scale"].shape, np.float32)
-            s[rng.choice(len(s), len(FACTORS), replace=False)] = 1 / np.array(FACTORS)
+            s[rng.choice(len(s), len(factors), replace=False)] = 1 / np.array(factors)
             leaves = tree.flatten(smooth.apply(tree.unflatten(leaves), fold, jnp.asarray(s)))
     return tree.unflatten(leaves)
 
@@ -114,7 +114,7 @@ def main() -> None:
             seen = observe.observe(program.model, start, [calibrate], count)
             smoothed = {
                 "none": start,
-                "by layer": smooth.search(start, seen, 8, bool(static))[0],
+                "by layer": smooth.search(start, seen, settings, static)[0],
                 "by block": by_block(program, start, dict(seen), calibrate, settings),
             }
             how = recipe.Recipe(smooth=False, static=static)

@@ -3,11 +3,12 @@
 import csv
 
 import int8_stages
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import TINY
+from support import TINY, init, tiny
 
-from vitft_jax import train, vit
+from vitft_jax import train, tree, vit
 from vitft_jax.errors import InputError
 
 
@@ -25,15 +26,17 @@ def test_a_table_over_two_seeds_that_quantises_once(tiny_config, tmp_path, monke
     for seed, run in enumerate(runs):
         tiny_config.seed = seed
         train.train(tiny_config, run)
-    stages = ("min-max", "the default with 4-bit kernels")
+    stages = ("min-max", "the default with 4-bit kernels", "planted: min-max")
     lines = int8_stages.table(runs, runs, tmp_path / "int8", stages)
     head, _, *rows = [line[2:-2].split(" | ") for line in lines]
-    assert [row[0] for row in rows] == ["float", *stages]
+    assert [row[0] for row in rows] == ["float", *stages[:2], "planted: float", stages[2]]
     assert all(len(row) == len(head) for row in rows)
+    assert rows[3][1:3] == rows[0][1:3]  # outliers change nothing in float, to the bit
+    assert rows[3][3] == "+0.0"
     made = sorted(path.name for path in (tmp_path / "int8").iterdir())
-    slugs = ("min-max", "the-default-with-4-bit-kernels")
-    assert made == [f"lora_{seed}_{slug}" for seed in (0, 1) for slug in slugs]
-    for row, slug in zip(rows[1:], slugs, strict=True):
+    slugs = ("min-max", "the-default-with-4-bit-kernels", "planted_min-max")
+    assert made == sorted(f"lora_{seed}_{slug}" for seed in (0, 1) for slug in slugs)
+    for row, slug in zip((*rows[1:3], rows[4]), slugs, strict=True):
         after = [accuracy(tmp_path / "int8" / f"lora_{seed}_{slug}") for seed in (0, 1)]
         assert row[1].startswith(f"{np.mean(after):.3f}")
         mean = 100 * np.mean([b - accuracy(run) for b, run in zip(after, runs, strict=True)])
@@ -41,7 +44,20 @@ def test_a_table_over_two_seeds_that_quantises_once(tiny_config, tmp_path, monke
         low, high = map(float, row[3].split("(")[1].rstrip(")").split(" to "))
         assert low <= mean + 0.05
         assert mean - 0.05 <= high
+    folder = tmp_path / "int8" / "lora_0_min-max" / "checkpoints"
+    on_disk = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    assert float(rows[1][7].split()[0]) == pytest.approx(on_disk / 1e6, abs=0.06)
     monkeypatch.setattr(int8_stages, "quantize", None)
     assert int8_stages.table(runs, runs, tmp_path / "int8", stages) == lines
     with pytest.raises(InputError, match="its test images or their labels are not those of"):
         int8_stages.table(runs, runs[::-1], tmp_path / "int8", stages)
+
+
+def test_planted_outliers_change_nothing_in_float_to_the_bit():
+    model = tiny()
+    params, images = init(model)["params"], jnp.linspace(-1, 1, 4 * 16 * 16 * 3).reshape(4, 16, 16, 3)
+    outliers = int8_stages.planted(params)
+    np.testing.assert_array_equal(model.apply({"params": outliers}, images), model.apply({"params": params}, images))
+    scale = "blocks_1/norm2/scale"
+    ratio = np.asarray(tree.flatten(outliers)[scale] / tree.flatten(params)[scale])
+    assert sorted(ratio)[-4:] == [1, 256, 512, 1024]

@@ -24,8 +24,10 @@ class Lock:
     processes that train together, the first holds it for all. Where a system has no flock, nothing is held.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, flag: str = "--workdir") -> None:
+        """Of a folder that the user named by this flag."""
         self._file = folder / FILE
+        self._flag = flag
         self._made: list[Path] = []  # inner to outer
         self._descriptor: int | None = None
 
@@ -38,10 +40,12 @@ class Lock:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._take()
             except FileExistsError:
-                raise InputError(f"--workdir {folder}: is a file") from None
+                raise InputError(f"{self._flag} {folder}: is a file") from None
             except OSError as error:
                 self.__exit__(None, None, None)
-                raise InputError(f"--workdir {folder}: {error.strerror}; choose one that can be written to") from error
+                raise InputError(
+                    f"{self._flag} {folder}: {error.strerror}; choose one that can be written to"
+                ) from error
         return self
 
     def _take(self) -> None:
@@ -56,8 +60,8 @@ class Lock:
                 os.close(self._descriptor)
                 self._descriptor = None
                 raise InputError(
-                    f"--workdir {self._file.parent}: in use by {owner or 'another process'}; "
-                    "wait for it to end, or choose another --workdir"
+                    f"{self._flag} {self._file.parent}: in use by {owner or 'another process'}; "
+                    f"wait for it to end, or choose another {self._flag}"
                 ) from None
             # The holder before may have removed the file since it was opened; what counts is the one that is there now.
             if self._file.exists() and os.path.samestat(os.fstat(self._descriptor), self._file.stat()):

@@ -3,7 +3,10 @@
 Adapters are merged, then the linear layers of the blocks are quantised by the recipe of `vitft_jax.ptq`, calibrated on training
 images without augmentation, the run's or others (`--calibration`). The checkpoint holds int8 kernels and their scales in
 the place of float ones, and the whole model, so the pretrained weights are not needed any more. `summary.json` compares with
-the float run on the same images.
+the float model on the same images.
+
+A run that trained with int8 products over a float base (`configs/qat.py`) becomes the model that it trained to be: with its
+`config.quant`, its static ranges and none of the stages, unless flags say otherwise. docs/int8.md says what to use when.
 """
 
 import argparse
@@ -11,7 +14,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +23,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from vitft_jax import calibration, cli, data, decision, methods, metrics, report, run, runtime, tree
+from vitft_jax import step as steps
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
 from vitft_jax.evaluate import Outputs, by_part, evaluate_split, fit_decision, outputs
+from vitft_jax.lock import Lock
 from vitft_jax.methods import quant
-from vitft_jax.ptq import simulate
+from vitft_jax.ptq import gate, ranges, simulate
+from vitft_jax.ptq.gate import Simulation
 from vitft_jax.ptq.recipe import Recipe
 from vitft_jax.ptq.recipe import run as quantise
 from vitft_jax.ptq.simulate import Layer
@@ -62,9 +70,40 @@ class Options:
     sensitivity_images: int = 32
 
 
+def defaults(config: Config) -> Options:
+    """What is done with a run of this config unless told otherwise: one that trained in int8 becomes what it trained to be."""
+    if not _trained_in_int8(config):
+        return Options()
+    settings = quant.settings_of(config)
+    return Options(
+        Recipe(smooth=False, clip=False, correct=False, static=ranges.TRAINED if settings.static else ""),
+        bits=settings.bits,
+        weight_only=settings.weight_only,
+        attention=settings.attention,
+        skip_layers=settings.skip_layers,
+    )
+
+
+def _trained_in_int8(config: Config) -> bool:
+    """Whether the products of a run were int8 over kernels that are float."""
+    return "quant" in config.methods and config.quant.base == "float"
+
+
 @dataclass(frozen=True)
 class Source:
-    """The float run: its folder, config, data, program, trained variables and the step of its best checkpoint."""
+    """The run to be quantised, and the float model in it.
+
+    Attributes:
+        folder: Of the run.
+        config: Of the run.
+        dataset: Of the run.
+        built: Its program.
+        trainable: What trained, as in the best checkpoint.
+        step: Of that checkpoint.
+        plain: The program without methods in its products.
+        params: Of `plain`: adapters folded in, kernels in float.
+        as_run: Whether the float model is the run's own program; else it is `plain`, because the run multiplies in int8.
+    """
 
     folder: run.Folder
     config: Config
@@ -72,118 +111,147 @@ class Source:
     built: run.Built
     trainable: Any
     step: int
+    plain: Program
+    params: tree.Tree
+    as_run: bool
 
     def outputs(self, dataset: data.Dataset, split: str) -> Outputs:
         """What the float model says about a split."""
-        return outputs(self.built.program, self.trainable, self.built.frozen, dataset, split, self.config)
+        if self.as_run:
+            return outputs(self.built.program, self.trainable, self.built.frozen, dataset, split, self.config)
+        return outputs(self.plain, {"params": self.params}, {}, dataset, split, self.config)
+
+    def ranges(self) -> dict[str, Array]:
+        """The static ranges that the run trained with, by layer."""
+        leaves = tree.flatten(tree.join(self.trainable, self.built.frozen).get(quant.COLLECTION, {}))
+        bounds = {name.removesuffix("/bound"): leaf for name, leaf in leaves.items() if name.endswith("/bound")}
+        return {quant.layer_of(name): leaf for name, leaf in bounds.items()}
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """The quantised model with any of its layers in float: the program of `simulate`, and what its variables are made of."""
-
-    program: Program
-    params: tree.Tree
-    layers: dict[str, Layer]
-    weight_only: bool
-    config: Config
-
-    def outputs(self, dataset: data.Dataset, split: str, in_float: Sequence[str]) -> Outputs:
-        """What it says about a split with some layers in float."""
-        variables = simulate.variables(self.params, self.layers, in_float, self.weight_only)
-        return outputs(self.program, variables, {}, dataset, split, self.config)
-
-
-def quantize(workdir: Path, output: Path, options: Options) -> dict[str, Any]:
+def quantize(
+    workdir: Path,
+    output: Path,
+    options: Options | None = None,
+    rewrite: Callable[[tree.Tree], tree.Tree] | None = None,
+) -> dict[str, Any]:
     """Quantises the best checkpoint of a run into a new run folder; returns the summary.
 
+    Args:
+        workdir: Of the run.
+        output: The folder to make.
+        options: What to do; None is `defaults` of the run's config.
+        rewrite: Changes the float parameters first, for studies; the float model of all comparisons is then this one.
+
     Raises:
-        InputError: There is no trained run, or it is quantised already; the output exists; a setting is out of range; the
-            calibration images are too few, cannot be read or have other classes, or activations on them are not finite;
-            no layer is left within `max_drop`.
+        InputError: There is no trained run, or it is quantised already; the output exists, or another process is making it; a
+            setting is out of range; the calibration images are too few, cannot be read or have other classes, or
+            activations on them are not finite; no layer is left within `max_drop`.
     """
     started = time.perf_counter()
+    options = defaults(run.Folder(workdir).config()) if options is None else options
     _check(output, options)
-    source = _source(workdir)
-    config = _config(source.config, options)
-    settings = quant.settings_of(config)
-    params = source.built.program.method.merge(tree.join(source.trainable, source.built.frozen))["params"]
-    plain = calibration.plain(source.built.program)
+    with _workplace(output) as part:
+        source = _source(workdir, rewrite)
+        config = _config(source.config, options)
+        _check_layers(source, quant.settings_of(config), options)
+        summary = _quantize(source, part, config, options)
+        summary["timing"]["seconds"] = time.perf_counter() - started
+        report.write_json(part / "summary.json", summary)
+        os.replace(part, output)
+    _print(output, summary)
+    page.after(output, source.dataset)
+    return report.finite(summary)
 
+
+def _quantize(source: Source, part: Path, config: Config, options: Options) -> dict[str, Any]:
+    """Makes the run in the folder `part`, all but its summary, which it returns."""
+    settings = quant.settings_of(config)
     images = source.dataset
     if options.calibration:
         images = calibration.images_from(options.calibration, source.dataset, source.config)
     chosen = calibration.subset(images, options.images, source.config.seed)
-    print(f"{workdir}, step {source.step}: calibrating on {len(chosen.indices('train'))} training images", flush=True)
-    seen = calibration.see(plain, params, chosen, source.config)
-    params, layers, told = quantise(params, seen, settings, options.recipe)
-    if not layers:
-        raise InputError(f"--skip_layers {options.skip_layers!r} skips every linear layer: nothing is quantised")
+    _say(f"{source.folder.path}, step {source.step}: calibrating on {len(chosen.indices('train'))} training images")
+    seen = calibration.see(source.plain, source.params, chosen, source.config)
+    params, layers, told = quantise(source.params, seen, settings, options.recipe, source.ranges(), _say)
     weakest = min(told, key=lambda path: told[path]["snr_db"])
-    print(f"{len(layers)} layers; lowest signal-to-noise {told[weakest]['snr_db']:.1f} dB at {weakest}", flush=True)
+    _say(f"{len(layers)} layers; lowest signal-to-noise {told[weakest]['snr_db']:.1f} dB at {weakest}")
 
-    program = simulate.program(plain, layers, settings)
-    simulation = Simulation(program, params, layers, settings.weight_only, source.config)
+    simulation = Simulation(
+        simulate.program(source.plain, layers, settings), params, layers, settings.weight_only, source.config
+    )
+    sensitivities: dict[str, float] = {}
     if options.sensitivity_images:
-        for path, value in _sensitivity(source, simulation, options.sensitivity_images).items():
+        some = calibration.subset(source.dataset, options.sensitivity_images, source.config.seed)
+        sensitivities = gate.sensitivity(simulation, source.outputs(some, "train"), some)
+        for path, value in sensitivities.items():
             told[path]["sensitivity"] = value
+    _say("evaluating the float model")
     before = {split: source.outputs(source.dataset, split) for split in ("val", "test")}
 
-    part = output.with_name(output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a command that was killed
-    try:
-        in_float: list[str] = []
-        while True:
-            in_float = _within(options.max_drop, in_float, told, source.dataset, simulation, before["val"])
-            folder, built, variables = _write(part, source, config, params, layers, in_float)
-            after = {s: outputs(built.program, variables, built.frozen, source.dataset, s, config) for s in before}
-            drop = _drop(before["val"], after["val"], source.dataset.multilabel)
-            if options.max_drop is None or drop <= options.max_drop:
-                break
-            in_float = _one_more(in_float, told, options.max_drop)  # the simulation rounds a little otherwise
-            shutil.rmtree(part)
-        # The logits changed, so temperature and thresholds are fitted again.
-        fitted = fit_decision(folder.path, source.dataset, after["val"], config)
-        before, after = (
-            {split: replace(out, decision=how) for split, out in outs.items()}
-            for outs, how in ((before, decision.read(workdir)), (after, fitted))
-        )
-        results = {s: evaluate_split(folder.path, source.dataset, s, out) for s, out in after.items()}
-        comparison = {split: _compare(source.dataset, before[split], after[split]) for split in results}
-        summary = {
-            **by_part(results),
-            **_of_source(source.folder),
-            "best_step": source.step,
-            "method": {
-                "source": str(workdir.resolve()),
-                "options": asdict(options),
-                "calibration_images": len(chosen.indices("train")),
-                "float_layers": in_float,
-                "val_drop": drop,
-                "compared": comparison,
-                "layers": {path: value for path, value in told.items() if path not in in_float},
-            },
-            "parameters": {"total": tree.count(params), "trainable": 0, "trainable_percent": 0.0},
-            "bytes": {
-                "float32": tree.nbytes(params),
-                "arrays": tree.nbytes(variables),
-                "checkpoint": sum(f.stat().st_size for f in folder.checkpoints.rglob("*") if f.is_file()),
-            },
-            "timing": {
-                "eval_images_per_second": after["test"].images_per_second,
-                "float_eval_images_per_second": before["test"].images_per_second,
-                "seconds": time.perf_counter() - started,
-            },
-            "environment": {**report.environment(), "weights": folder.resolved()["weights"]},
-        }
-        report.write_json(folder.summary, summary)
-        os.replace(part, output)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    _print(output, summary)
-    page.after(output, source.dataset)
-    return report.finite(summary)
+    in_float: list[str] = []
+    while True:
+        if options.max_drop is not None:
+            in_float = gate.within(options.max_drop, in_float, sensitivities, source.dataset, simulation, before["val"])
+        folder, built, variables = _write(part, source, config, params, layers, in_float)
+        _say("evaluating the int8 model")
+        after = {s: outputs(built.program, variables, built.frozen, source.dataset, s, config) for s in before}
+        drop = gate.drop(before["val"], after["val"], source.dataset.multilabel)
+        if options.max_drop is None or drop <= options.max_drop:
+            break
+        in_float = gate.one_more(in_float, sensitivities, options.max_drop)  # the simulation rounds a little otherwise
+        shutil.rmtree(part)
+    # The logits changed, so temperature and thresholds are fitted again.
+    fitted = fit_decision(folder.path, source.dataset, after["val"], config)
+    before, after = (
+        {split: replace(out, decision=how) for split, out in outs.items()}
+        for outs, how in ((before, decision.read(source.folder.path)), (after, fitted))
+    )
+    results = {s: evaluate_split(folder.path, source.dataset, s, out) for s, out in after.items()}
+    return {
+        **by_part(results),
+        **_of_source(source.folder),
+        "best_step": source.step,
+        "method": {
+            "source": str(source.folder.path.resolve()),
+            "float_model": "the run" if source.as_run else "the merged kernels of the run, multiplied in float",
+            "options": asdict(options),
+            "calibration_images": len(chosen.indices("train")),
+            "float_layers": in_float,
+            "val_drop": drop,
+            "compared": {split: _compare(source.dataset, before[split], after[split]) for split in results},
+            "layers": told,
+        },
+        "parameters": {"total": tree.count(params), "trainable": 0, "trainable_percent": 0.0},
+        "bytes": {
+            "float32": tree.nbytes(params),
+            "arrays": tree.nbytes(variables),
+            "checkpoint": sum(f.stat().st_size for f in folder.checkpoints.rglob("*") if f.is_file()),
+        },
+        "timing": {
+            "eval_images_per_second": after["test"].images_per_second,
+            "float_eval_images_per_second": before["test"].images_per_second,
+        },
+        "environment": {**report.environment(), "weights": folder.resolved()["weights"]},
+    }
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def _workplace(output: Path) -> Iterator[Path]:
+    """A path beside the output, of this process alone; whatever is left there at the end goes."""
+    folder = output.with_name(output.name + ".part")
+    with Lock(folder, "--output"):
+        part = folder / "run"
+        shutil.rmtree(part, ignore_errors=True)  # of a command that was killed
+        try:
+            yield part
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()  # where the lock did not make it
 
 
 def _of_source(folder: run.Folder) -> dict[str, Any]:
@@ -193,6 +261,7 @@ def _of_source(folder: run.Folder) -> dict[str, Any]:
 
 
 def _check(output: Path, options: Options) -> None:
+    """Refuses what can be seen to be wrong before anything is read."""
     if output.exists():
         raise InputError(f"--output {output}: exists already; choose another, or delete it")
     if options.max_drop is not None and not (options.max_drop >= 0 and options.sensitivity_images):
@@ -205,9 +274,39 @@ def _check(output: Path, options: Options) -> None:
             f"--images {options.images} --sensitivity_images {options.sensitivity_images}: at least "
             f"{calibration.FEWEST} and 0"
         )
+    if options.bits not in (4, 8):
+        raise InputError(f"--bits {options.bits}: 8 or 4")
+    static = options.recipe.static
+    if static and options.weight_only:
+        raise InputError(f"--static {static} with --weight_only: ranges are of activations, which stay in float")
+    if options.attention and options.weight_only:
+        raise InputError("--attention with --weight_only: its products are of activations, which stay in float")
+    if static and static != ranges.TRAINED:
+        ranges.share(static)
+    if static == ranges.TRAINED and options.recipe.smooth:
+        raise InputError(f"--smooth with --static {static}: smoothing changes what the ranges are of; use --static mse")
+    try:
+        re.compile(options.skip_layers)
+    except re.error as error:
+        raise InputError(f"--skip_layers {options.skip_layers!r}: no regex: {error}") from None
 
 
-def _source(workdir: Path) -> Source:
+def _check_layers(source: Source, settings: quant.Settings, options: Options) -> None:
+    """Refuses a model of which nothing is quantised, or of which a range that was trained is missing."""
+    paths = [name.removesuffix("/kernel") for name in tree.flatten(source.params) if name.endswith("/kernel")]
+    chosen = [path for path in paths if settings.converts(path)]
+    if not chosen:
+        raise InputError(f"--skip_layers {options.skip_layers!r} skips every linear layer: nothing is quantised")
+    trained = source.ranges()
+    missing = [path for path in chosen if path not in trained]
+    if options.recipe.static == ranges.TRAINED and missing:
+        raise InputError(
+            f"--static {ranges.TRAINED}: the run trained no static range for {len(missing)} layers, such as {missing[0]}; "
+            "use --static mse"
+        )
+
+
+def _source(workdir: Path, rewrite: Callable[[tree.Tree], tree.Tree] | None = None) -> Source:
     folder = run.Folder(workdir)
     if folder.whole() is not None:
         raise InputError(f"--workdir {workdir}: is quantised already; quantise the run that it was made from")
@@ -217,7 +316,26 @@ def _source(workdir: Path) -> Source:
     folder.open(config, dataset, built)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, step = checkpoints.restore_best(built.trainable)
-    return Source(folder, config, dataset, built, trainable, step)
+    steps.check_calibrated(built.program, trainable)
+    if "quant" in config.methods:
+        _say(
+            f"{workdir}: trained with int8 products; the float model below is its kernels without them"
+            if _trained_in_int8(config)
+            else f"{workdir}: its base is int8 already ({config.quant.bits} bits): kernels are dequantised, adapters merged, "
+            "and the sums quantised again by the flags of this command, not by the config of the run"
+        )
+    params = built.merged(trainable)
+    return Source(
+        folder,
+        config,
+        dataset,
+        built,
+        trainable,
+        step,
+        calibration.plain(built.program),
+        params if rewrite is None else rewrite(params),
+        as_run="quant" not in config.methods and rewrite is None,
+    )
 
 
 def _config(config: Config, options: Options) -> Config:
@@ -239,57 +357,6 @@ def _config(config: Config, options: Options) -> Config:
         skip_layers=options.skip_layers,
     )
     return new
-
-
-def _sensitivity(source: Source, simulation: Simulation, count: int) -> dict[str, float]:
-    """How much the divergence of the outputs from the float model falls when one layer alone stays in float, by path."""
-    dataset = calibration.subset(source.dataset, count, source.config.seed)
-
-    def divergence(in_float: Sequence[str]) -> float:
-        p = simulation.outputs(dataset, "train", in_float).probabilities
-        return simulate.divergence(exact.probabilities, p, dataset.multilabel)
-
-    exact = source.outputs(dataset, "train")
-    whole, values = divergence([]), {}
-    for i, path in enumerate(simulation.layers, 1):
-        values[path] = whole - divergence([path])
-        if i % max(1, len(simulation.layers) // report.PLAIN_LINES) == 0:
-            print(f"leaving out layer {i}/{len(simulation.layers)}  {path}  {values[path]:.2e} nats", flush=True)
-    return values
-
-
-def _within(
-    max_drop: float | None,
-    in_float: list[str],
-    told: dict[str, dict[str, Any]],
-    dataset: data.Dataset,
-    simulation: Simulation,
-    before: Outputs,
-) -> list[str]:
-    """The layers to keep in float, the most sensitive first, until the metric falls by no more than `max_drop`."""
-    while max_drop is not None:
-        drop = _drop(before, simulation.outputs(dataset, "val", in_float), dataset.multilabel)
-        print(f"{len(in_float)} layers in float: validation drop {drop:.2f} points", flush=True)
-        if drop <= max_drop:
-            break
-        in_float = _one_more(in_float, told, max_drop)
-    return in_float
-
-
-def _one_more(in_float: list[str], told: dict[str, dict[str, Any]], max_drop: float) -> list[str]:
-    order = sorted(told, key=lambda path: told[path]["sensitivity"], reverse=True)
-    if len(in_float) + 1 >= len(order):
-        raise InputError(
-            f"--max_drop {max_drop}: no layer is left to quantise within it; allow more, or try other stages"
-        )
-    return order[: len(in_float) + 1]
-
-
-def _drop(before: Outputs, after: Outputs, multilabel: bool) -> float:
-    """Percentage points that the first metric falls."""
-    name = metrics.names(multilabel)[0]
-    old, new = (metrics.compute(out.probabilities, out.labels, multilabel)[name] for out in (before, after))
-    return 100 * (old - new)
 
 
 def _write(
@@ -352,51 +419,44 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     runtime.start()
     arguments = cli.parser(__doc__, "python -m vitft_jax.quantize --workdir runs/lora --output runs/lora_int8")
-    switch = argparse.BooleanOptionalAction
-    default = Options()
     arguments.add_argument("--workdir", required=True, type=Path, help="the folder of a trained run")
     arguments.add_argument("--output", required=True, type=Path, help="the folder to make")
-    arguments.add_argument(
-        "--images", type=int, default=default.images, help="calibration images (default: %(default)s)"
+    plain = Options()
+
+    def flag(name: str, text: str, **how: Any) -> None:
+        """A flag that is absent unless given, since its default depends on the run."""
+        arguments.add_argument(name, default=argparse.SUPPRESS, help=text, **how)
+
+    switch = argparse.BooleanOptionalAction
+    flag("--images", f"calibration images (default: {plain.images})", type=int)
+    flag("--calibration", "folder, CSV table or .npz file of which the training split calibrates (default: the run's)")
+    flag(
+        "--smooth",
+        "smoothing folds with a search for alpha (default: yes, but not of a run that trained in int8)",
+        action=switch,
     )
-    arguments.add_argument(
-        "--calibration",
-        default="",
-        help="folder, CSV table or .npz file of which the training split calibrates (default: the run's)",
+    flag("--clip", "search for where kernels saturate (default: as --smooth)", action=switch)
+    flag("--correct", "bias correction (default: as --smooth)", action=switch)
+    flag(
+        "--static",
+        f"static ranges: mse, max, a percentile or {ranges.TRAINED} (default: per token; of a run that trained with static "
+        f"ranges, {ranges.TRAINED})",
     )
-    arguments.add_argument("--smooth", action=switch, default=True, help="smoothing folds with a search for alpha")
-    arguments.add_argument("--clip", action=switch, default=True, help="search for where kernels saturate")
-    arguments.add_argument("--correct", action=switch, default=True, help="bias correction")
-    arguments.add_argument("--static", default="", help="static ranges: mse, max or a percentile (default: per token)")
-    arguments.add_argument("--bits", type=int, default=default.bits, help="of kernels, 8 or 4 (default: %(default)s)")
-    arguments.add_argument("--weight_only", action="store_true", help="activations stay in float")
-    arguments.add_argument("--attention", action="store_true", help="also the products of attention in int8")
-    arguments.add_argument(
-        "--skip_layers", default=default.skip_layers, help="regex on layers that stay in float (default: %(default)s)"
-    )
-    arguments.add_argument(
-        "--max_drop", type=float, help="points that validation accuracy may fall; sensitive layers stay in float for it"
-    )
-    arguments.add_argument(
+    flag("--bits", f"of kernels, 8 or 4 (default: {plain.bits}, or as trained)", type=int)
+    flag("--weight_only", "activations stay in float (default: no, or as trained)", action=switch)
+    flag("--attention", "also the products of attention in int8 (default: no, or as trained)", action=switch)
+    flag("--skip_layers", f"regex on layers that stay in float (default: {plain.skip_layers}, or as trained)")
+    flag("--max_drop", "points that validation accuracy may fall; sensitive layers stay in float for it", type=float)
+    flag(
         "--sensitivity_images",
+        f"images on which each layer is left out once, 0 for not (default: {plain.sensitivity_images})",
         type=int,
-        default=default.sensitivity_images,
-        help="images on which each layer is left out once, 0 for not (default: %(default)s)",
     )
-    f = arguments.parse_args(argv)
-    recipe = Recipe(f.smooth, f.clip, f.correct, f.static)
-    options = Options(
-        recipe,
-        f.bits,
-        f.weight_only,
-        f.attention,
-        f.skip_layers,
-        f.images,
-        f.calibration,
-        f.max_drop,
-        f.sensitivity_images,
-    )
-    quantize(f.workdir, f.output, options)
+    given = vars(arguments.parse_args(argv))
+    workdir, output = given.pop("workdir"), given.pop("output")
+    options = defaults(run.Folder(workdir).config())
+    stages = {name: given.pop(name) for name in list(given) if name in asdict(options.recipe)}
+    quantize(workdir, output, replace(options, recipe=replace(options.recipe, **stages), **given))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """The worst case on purpose: a model with outlier channels, on which plain min-max quantisation fails and the recipe holds."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import init, tiny
 
 from vitft_jax import config as configs
-from vitft_jax import methods, optim, step, tree
+from vitft_jax import methods, optim, quantizer, step, tree
 from vitft_jax.methods import quant
 from vitft_jax.ptq import observe, recipe, simulate
 
@@ -42,6 +45,84 @@ def model():
     leaves["head/kernel"] = leaves["head/kernel"] / logits.std(0)
     leaves["head/bias"] = leaves["head/bias"] / logits.std(0)
     return program, tree.unflatten(leaves)
+
+
+@pytest.fixture(scope="module")
+def observed(model):
+    program, params = model
+    return observe.observe(program.model, params, [step.normalise(program, jnp.asarray(CALIBRATION))], len(CALIBRATION))
+
+
+def leaves_of(result):
+    """Parameters and layers of `recipe.run` by name, less what is None."""
+    params, layers, _ = result
+    named = {f"{path}/{i}": leaf for path, layer in layers.items() for i, leaf in enumerate(jax.tree.leaves(layer))}
+    return {**tree.flatten(params), **named}
+
+
+def test_every_stage_can_be_left_out_alone(model, observed):
+    params = model[1]
+    before = tree.flatten(params)
+    none = recipe.Recipe(smooth=False, clip=False, correct=False)
+    changed = {
+        "smooth": lambda after, layers: any((tree.flatten(after)[n] != leaf).any() for n, leaf in before.items()),
+        "clip": lambda after, layers: any(
+            (layer.kernel.scale != quantizer.quantise_kernel(tree.flatten(after)[f"{path}/kernel"], 4).scale).any()
+            for path, layer in layers.items()
+        ),
+        "correct": lambda after, layers: any(
+            (layer.bias != tree.flatten(after)[f"{path}/bias"]).any() for path, layer in layers.items()
+        ),
+        "static": lambda after, layers: any(layer.bound is not None for layer in layers.values()),
+    }
+    for on, how in {
+        "": none,
+        "smooth": dataclasses.replace(none, smooth=True),
+        "clip": dataclasses.replace(none, clip=True),
+        "correct": dataclasses.replace(none, correct=True),
+        "static": dataclasses.replace(none, static="max"),
+    }.items():
+        settings = quant.Settings(bits=4, static=bool(how.static))  # 4 bits: every stage has something to do
+        after, layers, told = recipe.run(params, observed, settings, how)
+        assert {name for name, has in changed.items() if has(after, layers)} == ({on} if on else set())
+        assert (on == "smooth") == any(of["alpha"] is not None for of in told.values())
+        for path, layer in layers.items():
+            if on != "clip":  # the largest magnitude is where a channel saturates
+                largest = np.abs(tree.flatten(after)[f"{path}/kernel"]).max(0)
+                np.testing.assert_allclose(layer.kernel.scale, largest / 7.5, rtol=1e-6)
+
+
+def test_ranges_of_training_are_taken_as_they_are(model, observed):
+    paths = [path for path in observed if quant.Settings().converts(path)]
+    trained = {path: jnp.float32(i + 1) for i, path in enumerate(paths)}
+    how = recipe.Recipe(smooth=False, static="trained")
+    _, layers, _ = recipe.run(model[1], observed, quant.Settings(static=True), how, trained)
+    assert {path: float(layer.bound) for path, layer in layers.items()} == {p: float(b) for p, b in trained.items()}
+
+
+def test_the_recipe_gives_the_same_twice(model):
+    """From the images on: what the layers saw, and every leaf."""
+    program, params = model
+    settings, how = quant.Settings(static=True), recipe.Recipe(static="mse")
+    batch = step.normalise(program, jnp.asarray(CALIBRATION))
+    first, second = (
+        leaves_of(recipe.run(params, observe.observe(program.model, params, [batch], 100), settings, how))
+        for _ in range(2)
+    )
+    assert first.keys() == second.keys()
+    for name, leaf in first.items():
+        np.testing.assert_array_equal(leaf, second[name], err_msg=name)
+
+
+def test_bias_correction_is_not_computed_where_it_is_left_out(model, observed, monkeypatch):
+    monkeypatch.setattr(recipe.kernels, "mean_error", None)
+    recipe.run(model[1], observed, quant.Settings(), recipe.Recipe(smooth=False, clip=False, correct=False))
+
+
+def test_every_stage_says_that_it_begins(model, observed):
+    lines = []
+    recipe.run(model[1], observed, quant.Settings(static=True), recipe.Recipe(static="99.9"), say=lines.append)
+    assert [line.split(":")[0] for line in lines] == ["smoothing", "clipping", "static ranges", "bias correction"]
 
 
 def agreement(model, params, how):

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from vitft_jax import quantizer, tree
+from vitft_jax.methods import quant
+from vitft_jax.ptq import ranges
 from vitft_jax.ptq.observe import Seen
 
 ALPHAS = (0.3, 0.5, 0.7)
@@ -67,42 +69,66 @@ def apply(params: tree.Tree, fold: Fold, s: Array) -> dict[str, Array]:
     return tree.unflatten(leaves)
 
 
-@partial(jax.jit, static_argnames=("bits", "static"))
-def error(rows: Array, kernel: Array, s: Array, bits: int, static: bool) -> Array:
-    """Squared error of the layer's output when both sides are quantised after smoothing by s."""
-    smoothed = rows / s
-    bound = jnp.max(jnp.abs(smoothed)) if static else None
-    exact = rows @ kernel
-    kernel = quantizer.quantise_kernel(kernel * s[:, None], bits)
-    return jnp.sum((quantizer.frozen_product(smoothed, kernel, bound) - exact) ** 2)
+@partial(jax.jit, static_argnames=("bits", "weight_only"))
+def error(rows: Array, kernel: Array, s: Array, bound: Array | None, bits: int, weight_only: bool) -> Array:
+    """Squared error of the layer's output when it is quantised after smoothing by s.
+
+    Args:
+        rows: Inputs before smoothing, `(R, in)`.
+        kernel: In float, before smoothing.
+        s: Factors, `(in,)`.
+        bound: Static range of the smoothed inputs, or None.
+        bits: Of the kernel.
+        weight_only: Inputs stay in float.
+    """
+    smoothed = quantizer.quantise_kernel(kernel * s[:, None], bits)
+    return jnp.sum((quantizer.frozen_product(rows / s, smoothed, bound, weight_only) - rows @ kernel) ** 2)
 
 
 def search(
-    params: tree.Tree, seen: Mapping[str, Seen], bits: int, static: bool, alphas: Sequence[float] = ALPHAS
+    params: tree.Tree,
+    seen: Mapping[str, Seen],
+    settings: quant.Settings,
+    static: str = "",
+    alphas: Sequence[float] = ALPHAS,
 ) -> tuple[dict[str, Array], dict[str, Seen], dict[str, float | None]]:
     """Smooths every fold by the alpha whose quantised layers come closest to the float ones, or not at all.
 
+    Args:
+        params: In float.
+        seen: Inputs of the layers.
+        settings: How the layers are quantised, and which: those that stay in float have no say.
+        static: How the static range of a layer is found, see `ranges.bound_of`; '' for dynamic ones.
+        alphas: To choose from.
+
     Returns:
-        Parameters, what the layers see afterwards, and the alpha chosen for each layer, None where there is no smoothing.
+        Parameters, what the layers see afterwards, and the alpha chosen for each quantised layer, None where there is no
+        smoothing.
     """
     params, seen, chosen = dict(params), dict(seen), {}
+
+    def smoothed(layer: str, s: Array) -> Seen:
+        return Seen(seen[layer].absmax / s, seen[layer].rows / s)
+
+    def layer_error(layer: str, kernel: Array, s: Array) -> float:
+        bound = ranges.bound_of(smoothed(layer, s), static) if static else None
+        return float(error(seen[layer].rows, kernel, s, bound, settings.bits, settings.weight_only))
+
     for fold in folds(params):
+        layers = [layer for layer in fold.layers if settings.converts(layer)]
+        if not layers:
+            continue
         leaves = tree.flatten(params)
-        kernels = [leaves[f"{layer}/kernel"] for layer in fold.layers]
+        kernels = [leaves[f"{layer}/kernel"] for layer in layers]
         weights = jnp.max(jnp.stack([jnp.max(jnp.abs(kernel), axis=1) for kernel in kernels]), axis=0)
-        activations = jnp.max(jnp.stack([seen[layer].absmax for layer in fold.layers]), axis=0)
+        activations = jnp.max(jnp.stack([seen[layer].absmax for layer in layers]), axis=0)
         candidates = {None: jnp.ones_like(weights)} | {a: factors(activations, weights, a) for a in alphas}
         errors = {
-            alpha: sum(
-                float(error(seen[layer].rows, kernel, s, bits, static))
-                for layer, kernel in zip(fold.layers, kernels, strict=True)
-            )
+            alpha: sum(layer_error(layer, kernel, s) for layer, kernel in zip(layers, kernels, strict=True))
             for alpha, s in candidates.items()
         }
         best = min(errors, key=errors.__getitem__)
-        s = candidates[best]
-        params = apply(params, fold, s)
-        for layer in fold.layers:
-            seen[layer] = Seen(seen[layer].absmax / s, seen[layer].rows / s)
-            chosen[layer] = best
+        params = apply(params, fold, candidates[best])
+        seen |= {layer: smoothed(layer, candidates[best]) for layer in fold.layers}
+        chosen |= dict.fromkeys(layers, best)
     return params, seen, chosen
