@@ -1,19 +1,19 @@
-"""Trains the same model on the same batches by ours and by torch, and compares accuracy, time and memory.
+r"""Trains the same model on the same batches by ours and by torch, and compares accuracy, time and memory.
 
     python scripts/accuracy_race.py --output runs/race
-    python scripts/accuracy_race.py --output runs/race_busi --methods lora,adalora,full --seeds 0,1,2 \\
+    python scripts/accuracy_race.py --output runs/race_busi --methods lora,adalora,full --seeds 0,1,2 \
         --config.data.path=BUSI --config.data.table=labels.csv --config.model.pretrained=WEIGHTS --config.data.image_size=224
 
 Ours is `vitft_jax.train` on configs/METHOD.py. The peer is transformers with PEFT (full fine-tuning: transformers alone) in a
 plain loop of torch: it starts from the same weights and head, which we hand to it as a Hugging Face folder, and gets the same
-batches, seed by seed, from our input pipeline. AdamW, what decays, clipping, the rate of each step, the number of steps, the choice of the
-epoch by `train.best_metric` on validation, temperature and thresholds are the same too. What differs is what each library draws for fresh adapters,
-and arithmetic.
+batches, seed by seed, from our input pipeline. AdamW, what decays, clipping, the rate of each step, the number of steps, the
+choice of the epoch by `train.best_metric` on validation, temperature and thresholds are the same too. What differs is what each
+library draws for fresh adapters, and arithmetic.
 
-Each run is a process. Its folder gets predictions_test.csv and race.json: seconds per step, input included and the first step left out, and the peak
-memory of the process, evaluation included (the peer's imports JAX too, for the input pipeline and metrics). A run that is there is not
-repeated. The table gives means over the seeds with their range, and paired differences with 95 % bootstrap intervals
-(seeds.pooled_change). Needs the extra `interop`.
+Each run is a process. Its folder gets predictions_test.csv and race.json: seconds per step, input included and the first step
+left out, and the peak memory of the process, evaluation included (the peer's imports JAX too, for the input pipeline and the
+metrics). A run that is there is not repeated. The table gives means over the seeds with their range, and paired differences
+with 95 % bootstrap intervals (seeds.pooled_change). Needs the extra `interop`.
 """
 
 import argparse
@@ -149,7 +149,9 @@ def _network(config: configs.Config, dataset: data.Dataset, built: run.Built, fo
         return network
     group = config[config.methods[0]]
     if group.targets not in MODULES:
-        raise InputError(f"config key {config.methods[0]}.targets={group.targets!r}: of the peer, {' or '.join(MODULES)}")
+        raise InputError(
+            f"config key {config.methods[0]}.targets={group.targets!r}: of the peer, {' or '.join(MODULES)}"
+        )
     common = {"target_modules": MODULES[group.targets], "modules_to_save": ["classifier"], "lora_alpha": group.alpha}
     if config.methods[0] == "lora":
         return peft.get_peft_model(network, peft.LoraConfig(r=group.rank, lora_dropout=group.dropout, **common))
@@ -174,7 +176,10 @@ def table(output: Path, method: str, numbers: Sequence[int]) -> list[str]:
     for side in SIDES:
         values = [seeds.pooled([folder]) for folder in folders[side]]
         cells = [_range([v[name]["value"] for v in values], 3) for name in ("accuracy", "auroc")]
-        cells += [_range([1e3 * t["seconds_per_step"] for t in told[side]], 0), _range([t["peak_mib"] for t in told[side]], 0)]
+        cells += [
+            _range([1e3 * t["seconds_per_step"] for t in told[side]], 0),
+            _range([t["peak_mib"] for t in told[side]], 0),
+        ]
         rows.append([method, side, *cells])
     change = seeds.pooled_change(folders["peer"], folders["ours"])
     paired = [
@@ -183,7 +188,9 @@ def table(output: Path, method: str, numbers: Sequence[int]) -> list[str]:
     ]
     ratios = [b["seconds_per_step"] / a["seconds_per_step"] for a, b in zip(told["ours"], told["peer"], strict=True)]
     memory = statistics.mean(a["peak_mib"] / b["peak_mib"] for a, b in zip(told["ours"], told["peer"], strict=True))
-    rows.append([method, "ours against the peer", *paired, f"{_range(ratios, 2)} times the speed", f"{memory:.2f} times"])
+    rows.append(
+        [method, "ours against the peer", *paired, f"{_range(ratios, 2)} times the speed", f"{memory:.2f} times"]
+    )
     return [f"| {' | '.join(row)} |" for row in rows]
 
 

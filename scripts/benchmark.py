@@ -3,8 +3,8 @@
     python scripts/benchmark.py                                # forward, lora, full: ViT-S/16, 224 px, batch 8, float32
     python scripts/benchmark.py inference --json FILE          # every forward pass in one race: float32, bfloat16, int8
     python scripts/benchmark.py lora --batch 16 --rounds 15
-    python scripts/benchmark.py attention gelu linear matmul   # a part of one layer; linear is the first MLP layer, forward and
-                                                               # backward, matmul its product x @ W alone
+    python scripts/benchmark.py attention gelu linear matmul   # a part of one layer; linear is the first MLP layer, forward
+                                                               # and backward, matmul its product x @ W alone
     python scripts/benchmark.py skip                           # token skipping: forward at batch 1, 8 and 32, LoRA step at 8
     python scripts/benchmark.py lora --only ours --variant XLA_FLAGS=--xla_cpu_prefer_vector_width=512
     python scripts/benchmark.py lora --only ours --variant PYTHONPATH=OTHER_CHECKOUT
@@ -12,12 +12,12 @@
 Contestants are processes that take turns (see contest.py); contestants/ says what each is. A row gives the median images per
 second with its quartiles; the ratio to the peer (median over rounds, quartiles); the share of the processor's matrix peak; the
 start-up, from the start of the process until its libraries are imported and until its first step is done, which includes
-compilation; the peak memory of the process in its turns and before them; and the megabytes of its graph or variables.
+compilation; the peak memory of the process in its turns and before them; and the megabytes of its graph or its variables.
 
 The peak is the best of JAX and torch at a square product of 2048 in the same dtype, measured at the beginning of the run (int8: of
 JAX). The share is the operations of the step as flops.py counts them, of our own model for all, against that. Our own model
-computes in its last block only what the head reads, 7 % of a forward pass less; the peers compute all of it. int8 products sum
-in int32, and attention, a tenth of the operations, stays in float beside them.
+computes in its last block only what the head reads, 7 % of a forward pass less; the peers compute all of it. int8 products
+sum in int32, and attention stays in float beside them.
 
 --variant times the first contestant of a task a second time in another environment. Peers need the extra `interop`; what is
 missing is named and left out. In the rows of `skip` the ratio is to our own dense model; beside each setting stands what its
@@ -46,7 +46,13 @@ TASKS = {  # task: labels of its contestants, the one that is compared with the 
     "full": ("ours", "qat/ours", "transformers"),
     "adalora": ("ours", "lora", "peft"),  # step, all with rank 12 on query, key and value
     "int8": ("ours", "float", "torch", "onnx"),  # forward: int8 kernels, dynamic ranges; our float; peers' dynamic int8
-    "export": ("dynamic", "static", "float32", "int8/ours", "int8/onnx"),  # our ONNX graphs; our int8 in JAX; the peer's
+    "export": (
+        "dynamic",
+        "static",
+        "float32",
+        "int8/ours",
+        "int8/onnx",
+    ),  # our ONNX graphs; our int8 in JAX; the peer's
     "inference": (
         "int8/ours",
         "forward/ours",
@@ -104,7 +110,9 @@ def run(task: str, labels: Sequence[str], options: argparse.Namespace) -> list[C
         return Contestant(name, [__file__, task, "--serve", label, *passed], environment)
 
     started = [start(label, label, {}) for label in labels]
-    started += [start(labels[0], f"{labels[0]} {v}", dict([v.split("=", 1)])) for v in options.variant if task != "peak"]
+    started += [
+        start(labels[0], f"{labels[0]} {v}", dict([v.split("=", 1)])) for v in options.variant if task != "peak"
+    ]
     race(started, options.rounds)
     return started
 
@@ -140,7 +148,9 @@ def operations(who: Label, options: argparse.Namespace) -> float | None:
     return flops.train_step(model, options.size, full=who.task in ("full", "qat"))
 
 
-def rows(task: str, labels: Sequence[str], peak: Mapping[str, float], options: argparse.Namespace) -> list[dict[str, Any]]:
+def rows(
+    task: str, labels: Sequence[str], peak: Mapping[str, float], options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Runs a task; returns what the JSON file says of each contestant."""
     found = []
     for c in run(task, labels, options):

@@ -4,8 +4,8 @@ A block of n tokens, of which m leave it (all but in the last block, where the h
 
     query and out  2 m D^2     key and value  2 n D^2     attention  2 m n D     MLP  2 m D hidden
 
-multiplications. Norms, GELU, softmax and additions do not count; nor do adapters, which `merge` folds in. The backward pass of a
-linear layer costs its forward pass for the gradient of its input, and again for that of its kernel where it trains; that of
+multiplications. Norms, GELU, softmax and additions do not count; nor do adapters, which `merge` folds in. The backward pass of
+a linear layer costs its forward pass for the gradient of its input, and again for that of its kernel where it trains; that of
 attention costs two forward passes, for its two products have two inputs each.
 """
 

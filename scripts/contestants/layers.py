@@ -5,8 +5,8 @@ import os
 from typing import Any
 
 import contest
-from contestants import Built, Label
 
+from contestants import Built, Label
 from vitft_jax.vit import VARIANTS
 
 PEAK = 2048  # side of the square product that stands for the peak

@@ -1,4 +1,4 @@
-"""ONNX Runtime: on the model that torch exports, in float32 and quantised by its own tools, and on the graphs that we export."""
+"""ONNX Runtime, on the model that torch exports, in float32 and quantised by its own tools, and on the graphs of ours."""
 
 import argparse
 import os
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import contest
+
 from contestants import CLASSES, Built, Label
 
 
@@ -21,9 +22,10 @@ def peer(who: Label, options: argparse.Namespace) -> Built:
     Its graph computes the whole last block; ours only what the head reads of it, 7 % of the work less at 12 blocks.
     """
     import torch
-    from contestants import torch_peers
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    from contestants import torch_peers
 
     torch.manual_seed(0)
     images = torch.randn(options.batch, 3, options.size, options.size)

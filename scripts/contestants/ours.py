@@ -7,10 +7,21 @@ import contest
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contestants import (
-    ADALORA, ALPHA, BATCHES_AT_ONCE, CLASSES, FORWARD, LEARNING_RATE, RANK, SKIP, STEPS, Built, Label, images_of
-)  # fmt: skip
 
+from contestants import (
+    ADALORA,
+    ALPHA,
+    BATCHES_AT_ONCE,
+    CLASSES,
+    FORWARD,
+    LEARNING_RATE,
+    RANK,
+    SKIP,
+    STEPS,
+    Built,
+    Label,
+    images_of,
+)  # fmt: skip
 from vitft_jax import config as configs
 from vitft_jax import data, methods, optim, run, runtime, step, tree, vit
 
@@ -21,18 +32,12 @@ def build(who: Label, options: argparse.Namespace) -> Built:
     runtime.start()
     if who.task == "input":
         return default_run(who, options)
-    config, method, model = our_model(who, options)
-    size = options.size
-    variables = method.prepare(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3))))
-    trains = "" if who.task in ("full", "qat") else "head"
-    trainable, frozen = tree.split(variables, lambda name: name.startswith(method.collections) or trains in name)
-    program = step.Program(model, method, optim.optimizer(config, method, STEPS), (0.5,) * 3, (0.5,) * 3)
-    rows = images_of(who.task, options.batch)
-    images = np.random.default_rng(0).integers(0, 255, (rows, size, size, 3), np.uint8)
-    facts = {"megabytes": (tree.nbytes(trainable) + tree.nbytes(frozen)) / 1e6, "frozen_megabytes": tree.nbytes(frozen) / 1e6}
+    program, trainable, frozen, batch = prepared(who, options)
+    base = tree.nbytes(frozen) / 1e6
+    facts = {"megabytes": base + tree.nbytes(trainable) / 1e6, "frozen_megabytes": base}
     if who.task in FORWARD:
+        images = batch["image"]
         return Built(lambda: jax.block_until_ready(step.eval_step(trainable, frozen, images, program=program)), facts)
-    batch = {"image": images, "label": np.arange(rows) % CLASSES}
     holder = [step.init_state(program, trainable)]
 
     def turn() -> None:
@@ -40,6 +45,18 @@ def build(who: Label, options: argparse.Namespace) -> Built:
         jax.block_until_ready(holder[0])
 
     return Built(turn, facts)
+
+
+def prepared(who: Label, options: argparse.Namespace) -> tuple[step.Program, tree.Tree, tree.Tree, step.Batch]:
+    """Program, what trains, what is frozen, and a batch."""
+    config, method, model = our_model(who, options)
+    size, rows = options.size, images_of(who.task, options.batch)
+    variables = method.prepare(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3))))
+    trains = "" if who.task in ("full", "qat") else "head"
+    trainable, frozen = tree.split(variables, lambda name: name.startswith(method.collections) or trains in name)
+    program = step.Program(model, method, optim.optimizer(config, method, STEPS), (0.5,) * 3, (0.5,) * 3)
+    images = np.random.default_rng(0).integers(0, 255, (rows, size, size, 3), np.uint8)
+    return program, trainable, frozen, {"image": images, "label": np.arange(rows) % CLASSES}
 
 
 def our_model(who: Label, options: argparse.Namespace) -> tuple[configs.Config, methods.Method, vit.ViT]:

@@ -6,10 +6,19 @@ from typing import Any
 
 import contest
 import torch
-from contestants import (
-    ADALORA, ALPHA, CLASSES, FORWARD, LEARNING_RATE, RANK, STEPS, Built, Label, images_of
-)  # fmt: skip
 
+from contestants import (
+    ADALORA,
+    ALPHA,
+    CLASSES,
+    FORWARD,
+    LEARNING_RATE,
+    RANK,
+    STEPS,
+    Built,
+    Label,
+    images_of,
+)  # fmt: skip
 from vitft_jax.vit import VARIANTS
 
 

@@ -51,5 +51,5 @@ def test_adapters_start_as_the_same_model(tiny_config, tmp_path, method):
 
 def test_what_the_peer_does_not_do_is_refused(tiny_config, tmp_path):
     tiny_config.methods, tiny_config.lora.targets = ("lora",), "encoder"
-    with pytest.raises(InputError, match="lora.targets='encoder'"):
+    with pytest.raises(InputError, match=r"lora\.targets='encoder'"):
         accuracy_race.peer(tiny_config, tmp_path)
