@@ -14,8 +14,8 @@ second with its quartiles; the ratio to the peer (median over rounds, quartiles)
 start-up, from the start of the process until its libraries are imported and until its first step is done, which includes
 compilation; the peak memory of the process in its turns and before them; and the megabytes of its graph or its variables.
 
-The peak is the best of JAX and torch at a square product of 2048 in the same dtype, measured at the beginning of the run (int8: of
-JAX). The share is the operations of the step as flops.py counts them, of our own model for all, against that. Our own model
+The peak is the best of JAX and torch at a square product of 2048 in the same dtype, measured at the beginning of the run (int8:
+of JAX). The share is the operations of the step as flops.py counts them, of our own model for all, against that. Our own model
 computes in its last block only what the head reads, 7 % of a forward pass less; the peers compute all of it. int8 products
 sum in int32, and attention stays in float beside them.
 

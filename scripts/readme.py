@@ -24,11 +24,11 @@ from vitft_jax.errors import InputError, nearest
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/benchmarks.md")
 COMMANDS = {  # a file of docs/results, without its ending: what makes it
-    "inference": "inference --rounds 7",
+    "inference": "inference --rounds 5",
     "vit_b": "int8 --model vit_base_patch16 --rounds 5 --turns 2",
-    "float32": "lora full adalora --rounds 5",
-    "bfloat16": "lora full adalora --rounds 5 --dtype bfloat16",
-    "skip": "skip --rounds 5 --turns 2",
+    "float32": "lora full adalora --rounds 5 --turns 2",
+    "bfloat16": "lora full adalora --rounds 5 --turns 2 --dtype bfloat16",
+    "skip": "skip --rounds 5 --turns 1",
     "layers": "linear attention gelu matmul --turns 10",
     "layers_bfloat16": "linear attention gelu matmul --turns 10 --dtype bfloat16",
     "input": "input --batch 16 --rounds 5 --turns 1",
