@@ -25,6 +25,7 @@ FLOPs alone would give.
 """
 
 import argparse
+import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,9 +35,8 @@ from typing import Any
 
 import contestants
 from contest import Contestant, quartiles, race, serve, spread
-from contestants import GRAPHS, LAYERS, PEERS, SKIP, SKIP_FORWARD, Label, images_of, layers, parse
+from contestants import GRAPHS, LAYERS, SKIP, SKIP_FORWARD, Label, images_of, layers, parse
 
-from vitft_jax import cli, flops, report, runtime
 from vitft_jax.errors import InputError, nearest
 
 SKIPPING = ("dense", "prune", "early", "rejoin")
@@ -107,6 +107,7 @@ def run(task: str, labels: Sequence[str], options: argparse.Namespace) -> list[C
 
     def start(label: str, name: str, environment: Mapping[str, str]) -> Contestant:
         passed = [f"--{key}={getattr(options, key)}" for key in ("model", "size", "batch", "dtype", "turns")]
+        passed.append(f"--shape={json.dumps(options.shape)}")
         return Contestant(name, [__file__, task, "--serve", label, *passed], environment)
 
     started = [start(label, label, {}) for label in labels]
@@ -140,6 +141,8 @@ def operations(who: Label, options: argparse.Namespace) -> float | None:
     if who.task in (*LAYERS, "input"):
         return None
     from contestants import ours
+
+    from vitft_jax import flops
 
     name = who.name if who.name in SKIP else "prune" if who.name == "evit" else "float"
     model = ours.our_model(who._replace(name=name), options)[2]
@@ -228,6 +231,7 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments.add_argument("--variant", action="append", default=[], metavar="NAME=VALUE", help="see above; repeatable")
     arguments.add_argument("--json", type=Path, metavar="FILE", help="also writes the rows there, each round of them")
     arguments.add_argument("--serve", help=argparse.SUPPRESS)
+    arguments.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)  # of the model, for a contestant
     options = arguments.parse_args(argv)
     options.tasks = [task for name in options.tasks for task in FAMILIES.get(name, (name,))]
     for task in options.tasks:
@@ -240,15 +244,30 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def serve_one(options: argparse.Namespace) -> None:
+    """The process of a contestant. It imports its own libraries alone, since their time and memory count."""
+    who = parse(options.tasks[0], options.serve, options.dtype)
+    built = contestants.build(who, options)
+
+    def release() -> None:
+        """Gives memory back as train.py does after its first step."""
+        from vitft_jax import runtime
+
+        runtime.release()
+
+    tidy = release if "jax" in sys.modules and who.name not in GRAPHS else lambda: None
+    serve({"step": built.step}, steps=options.turns, tidy=tidy, facts=built.facts)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
+    from vitft_jax import report
+    from vitft_jax.vit import VARIANTS
+
     options = arguments_of(argv)
-    if options.serve:
-        who = parse(options.tasks[0], options.serve, options.dtype)
-        built = contestants.build(who, options)
-        tidy = runtime.release if who.name not in (*PEERS, *GRAPHS) else lambda: None
-        serve({"step": built.step}, steps=options.turns, tidy=tidy, facts=built.facts)
-        return
+    if options.model not in VARIANTS:
+        raise InputError(f"--model {options.model}; {nearest(options.model, VARIANTS)}")
+    options.shape = VARIANTS[options.model]
     chosen = {task: labels for task in options.tasks if (labels := kept(task, options))}
     if not chosen:
         raise InputError(f"no contestant is left in {', '.join(options.tasks)}; see above, and --only")
@@ -287,4 +306,9 @@ def _without_json(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.main(main)
+    if "--serve" in sys.argv:
+        serve_one(arguments_of(None))
+    else:
+        from vitft_jax import cli
+
+        cli.main(main)

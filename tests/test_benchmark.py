@@ -3,6 +3,9 @@
 import argparse
 import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import benchmark
 import contestants
@@ -16,7 +19,8 @@ from support import TINY, integer_dots
 from vitft_jax import step, tree, vit
 from vitft_jax.errors import InputError
 
-OPTIONS = argparse.Namespace(model="tiny_test", size=32, batch=2, dtype="float32")
+SHAPE = {**TINY, "patch": 16}
+OPTIONS = argparse.Namespace(model="tiny_test", size=32, batch=2, dtype="float32", shape=SHAPE)
 MINE = [("forward", "ours"), ("lora", "ours"), ("full", "ours"), ("adalora", "ours"), ("adalora", "lora"), ("int8", "ours"),
         ("int8", "float"), ("int8_lora", "ours"), ("int8_lora", "float"), ("qat", "ours"), ("qat", "float"),
         ("skip_1", "dense"), ("skip_1", "prune"), ("skip_lora", "rejoin")]  # fmt: skip
@@ -25,12 +29,12 @@ MINE = [("forward", "ours"), ("lora", "ours"), ("full", "ours"), ("adalora", "ou
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Ten blocks, since token skipping leaves after block 9; else tiny."""
-    monkeypatch.setitem(vit.VARIANTS, "tiny_test", {**TINY, "patch": 16, "depth": 12})
+    monkeypatch.setitem(vit.VARIANTS, "tiny_test", {**SHAPE, "depth": 12})
 
 
 @pytest.fixture
 def shallow(monkeypatch):
-    monkeypatch.setitem(vit.VARIANTS, "tiny_test", {**TINY, "patch": 16})
+    monkeypatch.setitem(vit.VARIANTS, "tiny_test", SHAPE)
 
 
 def compiled(task, name):
@@ -85,7 +89,10 @@ PEERS = [("forward", "transformers"), ("forward", "timm"), ("forward", "onnx"), 
 def test_a_peer_steps(task, name):
     who = Label(task, name, "float32")
     assert not contestants.lacks(who)
-    built = contestants.build(who, argparse.Namespace(**{**vars(OPTIONS), "model": "vit_tiny_patch16"}))
+    model = "vit_tiny_patch16"
+    built = contestants.build(
+        who, argparse.Namespace(**{**vars(OPTIONS), "model": model, "shape": vit.VARIANTS[model]})
+    )
     built.step()
     built.step()
 
@@ -98,6 +105,32 @@ def test_our_parts_of_a_layer_are_those_of_jax(shallow, task):
         found.append(jax.tree.leaves(built.step()))
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def alone(*lines):
+    """Runs lines in a fresh process that finds our scripts; then jax must not be there."""
+    script = "; ".join(["import sys", f"sys.path.insert(0, {str(Path(benchmark.__file__).parent)!r})", *lines])
+    subprocess.run([sys.executable, "-c", f"{script}; assert 'jax' not in sys.modules"], check=True, timeout=300)
+
+
+def test_a_contestant_that_is_a_peer_imports_no_jax():
+    """Imports and memory of its process are its own."""
+    alone("import benchmark", "from contestants import layers")
+
+
+@pytest.mark.interop
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "who", [("forward", "timm"), ("lora", "peft"), ("skip_8", "evit"), ("gelu", "torch"), ("int8", "onnx")]
+)
+def test_a_peer_imports_no_jax(who):
+    shape = vit.VARIANTS["vit_tiny_patch16"]
+    options = argparse.Namespace(model="vit_tiny_patch16", size=32, batch=2, dtype="float32", shape=shape)
+    alone(
+        "import contestants",
+        "from argparse import Namespace",
+        f"contestants.build(contestants.Label(*{who}, 'float32'), {options})",
+    )
 
 
 def test_labels():

@@ -7,7 +7,6 @@ from typing import Any
 import contest
 
 from contestants import Built, Label
-from vitft_jax.vit import VARIANTS
 
 PEAK = 2048  # side of the square product that stands for the peak
 STEPS_PER_TURN = 4  # of it
@@ -26,7 +25,7 @@ def peak_operations() -> float:
 
 def _shape(options: argparse.Namespace) -> tuple[int, int, int, int]:
     """Tokens, width, heads and hidden channels of a layer."""
-    shape = VARIANTS[options.model]
+    shape = options.shape
     return (options.size // shape["patch"]) ** 2 + 1, shape["width"], shape["heads"], shape["hidden"]
 
 

@@ -19,7 +19,6 @@ from contestants import (
     Label,
     images_of,
 )  # fmt: skip
-from vitft_jax.vit import VARIANTS
 
 
 def build(who: Label, options: argparse.Namespace) -> Built:
@@ -58,7 +57,7 @@ def network(who: Label, options: argparse.Namespace) -> Any:
     if who.task in ("lora", "adalora"):
         import peft
     contest.imported()
-    shape = VARIANTS[options.model]
+    shape = options.shape
     model = transformers.ViTForImageClassification(
         transformers.ViTConfig(
             hidden_size=shape["width"],
@@ -125,7 +124,7 @@ def evit(options: argparse.Namespace, images: Any) -> Built:
     import evit as plain
 
     contest.imported()
-    shape, patches = VARIANTS[options.model], (options.size // VARIANTS[options.model]["patch"]) ** 2
+    shape, patches = options.shape, (options.size // options.shape["patch"]) ** 2
     width, hidden = shape["width"], shape["hidden"]
     kernels = {"embed/patch": (3 * shape["patch"] ** 2, width), "head": (width, CLASSES)}
     norms = ["norm"]
