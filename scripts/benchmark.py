@@ -1,437 +1,224 @@
 """Times our steps against their peers, side by side in one run.
 
     python scripts/benchmark.py                                # forward, lora, full: ViT-S/16, 224 px, batch 8, float32
+    python scripts/benchmark.py inference --json FILE          # every forward pass in one race: float32, bfloat16, int8
     python scripts/benchmark.py lora --batch 16 --rounds 15
-    python scripts/benchmark.py attention gelu linear matmul   # a part of one layer; linear is the first MLP layer, forward and
-                                                               # backward, matmul its product x @ W alone
+    python scripts/benchmark.py attention gelu linear matmul   # a part of one layer; linear is the first MLP layer, forward
+                                                               # and backward, matmul its product x @ W alone
     python scripts/benchmark.py skip                           # token skipping: forward at batch 1, 8 and 32, LoRA step at 8
+    python scripts/benchmark.py lora --only ours --variant XLA_FLAGS=--xla_cpu_prefer_vector_width=512
+    python scripts/benchmark.py lora --only ours --variant PYTHONPATH=OTHER_CHECKOUT
 
-Contestants are processes that take turns (see contest.py). A row gives the median images per second with its quartiles, the
-ratio to the peer (median over rounds, quartiles), the peak memory of the process in its turns and before them, which includes
-compilation, and the start-up: from the start of the process until its first step is done. Peers need the extra `interop`.
+Contestants are processes that take turns (see contest.py); contestants/ says what each is. A row gives the median images per
+second with its quartiles; the ratio to the peer (median over rounds, quartiles); the share of the processor's matrix peak; the
+start-up, from the start of the process until its libraries are imported and until its first step is done, which includes
+compilation; the peak memory of the process in its turns and before them; and the megabytes of its graph or its variables.
 
-In the rows of `skip` the ratio is to our own dense model; beside each setting stands what its FLOPs alone would give.
+The peak is the best of JAX and torch at a square product of 2048 in the same dtype, measured at the beginning of the run (int8:
+of JAX). The share is the operations of the step as flops.py counts them, of our own model for all, against that. Our own model
+computes in its last block only what the head reads, 7 % of a forward pass less; the peers compute all of it. int8 products
+sum in int32, and attention stays in float beside them.
+
+--variant times the first contestant of a task a second time in another environment. Peers need the extra `interop`; what is
+missing is named and left out. In the rows of `skip` the ratio is to our own dense model; beside each setting stands what its
+FLOPs alone would give.
 """
 
 import argparse
-import os
+import json
 import platform
+import sys
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from contest import Contestant, Work, race, serve, spread
+import contestants
+from contest import Contestant, quartiles, race, serve, spread
+from contestants import GRAPHS, LAYERS, SKIP, SKIP_FORWARD, Label, images_of, layers, parse
 
-CLASSES, LEARNING_RATE, RANK, ALPHA = 3, 1e-4, 8, 16.0
-ADALORA = {"init_r": 12, "target_r": 8, "lora_alpha": 24}
-STEPS = 10_000  # length of the run that a step is taken from: in AdaLoRA's, ranks begin to fall after a tenth
-TASKS = {  # task: contestants, ours first
-    "forward": ("ours", "transformers", "timm"),
-    "lora": ("ours", "peft"),
-    "full": ("ours", "transformers"),
+from vitft_jax.errors import InputError, nearest
+
+SKIPPING = ("dense", "prune", "early", "rejoin")
+TASKS = {  # task: labels of its contestants, the one that is compared with the others first
+    "forward": ("ours", "transformers", "compiled", "timm", "onnx"),
+    "lora": ("ours", "int8_lora/ours", "peft"),
+    "full": ("ours", "qat/ours", "transformers"),
     "adalora": ("ours", "lora", "peft"),  # step, all with rank 12 on query, key and value
     "int8": ("ours", "float", "torch", "onnx"),  # forward: int8 kernels, dynamic ranges; our float; peers' dynamic int8
     "export": (
         "dynamic",
         "static",
         "float32",
-        "jax",
-        "onnx",
-    ),  # our ONNX graphs in ONNX Runtime; our int8 in JAX; its own
+        "int8/ours",
+        "int8/onnx",
+    ),  # our ONNX graphs; our int8 in JAX; the peer's
+    "inference": (
+        "int8/ours",
+        "forward/ours",
+        "forward/ours:bfloat16",
+        "forward/transformers",
+        "forward/transformers:bfloat16",
+        "forward/compiled",
+        "forward/compiled:bfloat16",
+        "forward/timm",
+        "forward/timm:bfloat16",
+        "forward/onnx",
+        "int8/torch",
+        "int8/onnx",
+        "export/float32",
+        "export/dynamic",
+        "export/static",
+    ),
     "int8_lora": ("ours", "float"),  # LoRA step over an int8 and over a float base
+    "qat": ("ours", "float"),  # full step, with int8 products and without
     "attention": ("ours", "autodiff", "torch"),
     "gelu": ("ours", "autodiff", "torch"),
     "linear": ("ours", "autodiff", "torch"),
     "matmul": ("ours", "torch"),
     "input": ("ours", "step"),  # batches of the default run, read and augmented; and the LoRA step that they feed
-    **dict.fromkeys(("skip_1", "skip_8", "skip_32", "skip_lora"), ("dense", "prune", "early", "rejoin")),
+    **dict.fromkeys(SKIP_FORWARD, (*SKIPPING, "evit")),
+    "skip_lora": SKIPPING,
 }
-FAMILIES = {"skip": ("skip_1", "skip_8", "skip_32", "skip_lora")}
-# EViT prunes inside blocks 3, 6 and 9, before their MLP: its FLOPs lie between those of splits after them and before them.
-SKIP = {  # after them; before them; after them, with all tokens back in the last block
-    "dense": (),
-    "prune": ("skip.layers=3,6,9", "skip.drop_ratio=0.3"),
-    "early": ("skip.layers=2,5,8", "skip.drop_ratio=0.3"),
-    "rejoin": ("skip.layers=3,6,9", "skip.drop_ratio=0.3", "skip.rejoin=11"),
-}
-
-
-def batch_of(task: str, options: argparse.Namespace) -> int:
-    """Images per step: a task may fix it."""
-    return {"skip_1": 1, "skip_8": 8, "skip_32": 32, "skip_lora": 8, "input": 20 * options.batch}.get(
-        task, options.batch
-    )
-
-
-def our_model(task: str, name: str, options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The config of a contestant of ours, its method and its model."""
-    import jax.numpy as jnp
-
-    from vitft_jax import config as configs
-    from vitft_jax import methods, vit
-
-    config = configs.default()
-    overrides = SKIP.get(name, ())
-    configs.override(config, overrides)
-    first = ("quant",) * (task.startswith("int8") and name == "ours")
-    adapter = ("adalora",) if task == "adalora" and name == "ours" else ("lora",) * task.endswith("lora")
-    config.methods = first + adapter + ("skip",) * bool(overrides)
-    config.quant.base = "int8"
-    config.lora.rank, config.lora.alpha, config.train.lr = RANK, ALPHA, LEARNING_RATE
-    if task == "adalora":
-        config.lora.rank, config.lora.alpha, config.lora.targets = ADALORA["init_r"], ADALORA["lora_alpha"], "qkv"
-        config.adalora.init_r, config.adalora.target_r = ADALORA["init_r"], ADALORA["target_r"]
-    method = methods.load(config)
-    model = vit.ViT(
-        **vit.VARIANTS[options.model],
-        classes=CLASSES,
-        dtype=jnp.dtype(options.dtype),
-        dot_general_cls=method.dot_general_cls,
-        attend=method.attend,
-        select=method.select,
-    )
-    return config, method, model
-
-
-def ours(task: str, name: str, options: argparse.Namespace) -> Work:
-    """The steps that `vitft_jax.train` and `vitft_jax.evaluate` run."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from vitft_jax import optim, runtime, step, tree
-
-    runtime.start()
-    config, method, model = our_model(task, name, options)
-    size = options.size
-    variables = method.prepare(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3))))
-    trains = "." if task == "full" else "head"
-    trainable, frozen = tree.split(
-        variables, lambda name: name.startswith(method.collections) or trains in name or trains == "."
-    )
-    program = step.Program(model, method, optim.optimizer(config, method, STEPS), (0.5,) * 3, (0.5,) * 3)
-    rows = batch_of(task, options)
-    images = np.random.default_rng(0).integers(0, 255, (rows, size, size, 3), np.uint8)
-    if task in ("forward", "int8", *FAMILIES["skip"][:3]):
-        return lambda: jax.block_until_ready(step.eval_step(trainable, frozen, images, program=program))
-    batch = {"image": images, "label": np.arange(rows) % CLASSES}
-    holder = [step.init_state(program, trainable)]
-
-    def turn() -> None:
-        holder[0], _ = step.train_step(holder[0], frozen, batch, program=program)
-        jax.block_until_ready(holder[0])
-
-    return turn
-
-
-def torch_peer(task: str, name: str, options: argparse.Namespace) -> Work:
-    """The same work by transformers (with PEFT for adapters), timm or ONNX Runtime."""
-    import torch
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.manual_seed(0)
-    from vitft_jax.vit import VARIANTS
-
-    shape = VARIANTS[options.model]
-    if name == "timm":
-        import timm
-
-        model = timm.create_model(f"{options.model}_{options.size}", num_classes=CLASSES)
-    else:
-        from transformers import ViTConfig, ViTForImageClassification
-
-        model = ViTForImageClassification(
-            ViTConfig(
-                hidden_size=shape["width"],
-                num_hidden_layers=shape["depth"],
-                num_attention_heads=shape["heads"],
-                intermediate_size=shape["hidden"],
-                patch_size=shape["patch"],
-                image_size=options.size,
-                num_labels=CLASSES,
-            )
-        )
-    if task == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(
-            model,
-            LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"]),
-        )
-    if task == "adalora":
-        from peft import AdaLoraConfig, get_peft_model
-
-        targets, warm, last = ["q_proj", "k_proj", "v_proj"], STEPS // 10, STEPS // 5 * 2
-        model = get_peft_model(
-            model,
-            AdaLoraConfig(
-                **ADALORA,
-                target_modules=targets,
-                tinit=warm,
-                tfinal=last,
-                total_step=STEPS,
-                modules_to_save=["classifier"],
-            ),
-        )
-    images = torch.randn(options.batch, 3, options.size, options.size)
-    labels = torch.arange(options.batch) % CLASSES
-    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.dtype == "bfloat16")
-
-    def logits() -> Any:
-        out = model(images)
-        return out if name == "timm" else out.logits
-
-    if name == "onnx":
-        return onnx_peer(model.eval(), images)
-    if task == "int8":
-        model = torch.ao.quantization.quantize_dynamic(model.eval(), {torch.nn.Linear}, dtype=torch.qint8)
-    if task in ("forward", "int8"):
-        model.eval()
-
-        def forward() -> None:
-            with torch.inference_mode(), cast:
-                logits()
-
-        return forward
-    model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.01)
-    done = 0
-
-    def turn() -> None:
-        nonlocal done
-        optimizer.zero_grad(set_to_none=True)
-        with cast:
-            if task == "adalora":  # called past the outer model, which has no penalty for images
-                loss = model.base_model(images, labels=labels).loss
-            else:
-                loss = torch.nn.functional.cross_entropy(logits().float(), labels)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        if task == "adalora":
-            model.base_model.update_and_allocate(done)
-            done += 1
-
-    return turn
-
-
-def onnx_peer(model: Any, images: Any) -> Work:
-    """The torch model exported to ONNX and quantised dynamically by ONNX Runtime, with its defaults."""
-    import tempfile
-    from pathlib import Path
-
-    import torch
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    folder = Path(tempfile.mkdtemp())
-    torch.onnx.export(model, (images,), folder / "float.onnx", dynamo=False)
-    quantize_dynamic(folder / "float.onnx", folder / "int8.onnx", weight_type=QuantType.QInt8, per_channel=True)
-    return onnx_session(folder / "int8.onnx", images.numpy())
-
-
-def exported(name: str, options: argparse.Namespace) -> Work:
-    """Our ONNX graph in ONNX Runtime with its defaults: float32, or int8 with dynamic or static ranges."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from vitft_jax import quantizer, tree, vit
-    from vitft_jax.export import onnx_graph
-    from vitft_jax.methods import quant
-
-    size = options.size
-    model = vit.ViT(**vit.VARIANTS[options.model], classes=CLASSES)
-    params = tree.flatten(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"])
-    settings, ranges = quant.Settings(base="int8", static=name == "static"), {}
-    for path in [n.removesuffix("/kernel") for n in params if n.endswith("/kernel")]:
-        if name != "float32" and settings.converts(path):
-            params[f"{path}/kernel"], scale = quantizer.quantise_kernel(params[f"{path}/kernel"])
-            ranges |= {f"{path}/quant/scale": scale, f"{path}/quant/bound": jnp.float32(4.0)}
-    variables = {"params": tree.unflatten(params), quant.COLLECTION: tree.unflatten(ranges)}
-    proto = onnx_graph.build(
-        model, variables, size, (0.5,) * 3, (0.5,) * 3, settings=None if name == "float32" else settings
-    )
-    return onnx_session(
-        proto.SerializeToString(), np.random.default_rng(0).integers(0, 255, (options.batch, size, size, 3), np.uint8)
-    )
-
-
-def onnx_session(model: Any, images: Any) -> Work:
-    """A step of ONNX Runtime."""
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = len(os.sched_getaffinity(0))
-    session = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: images}
-    return lambda: session.run(None, feed)
-
-
-def layer_shape(options: argparse.Namespace) -> tuple[int, int, int, int]:
-    """Tokens, width, heads and hidden channels of a layer."""
-    from vitft_jax.vit import VARIANTS
-
-    shape = VARIANTS[options.model]
-    return (options.size // shape["patch"]) ** 2 + 1, shape["width"], shape["heads"], shape["hidden"]
-
-
-def torch_layer(task: str, options: argparse.Namespace) -> Work:
-    """Forward and backward of a part of a layer by torch; of the product, forward alone."""
-    import torch
-
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    tokens, width, heads, hidden = layer_shape(options)
-    torch.set_default_dtype(getattr(torch, options.dtype))
-    if task == "matmul":
-        x, kernel = torch.randn(options.batch * tokens, width), torch.randn(width, hidden)
-        return lambda: x @ kernel
-    if task == "gelu":
-        x, g = torch.randn(2, options.batch, tokens, hidden)
-        x.requires_grad_()
-        return lambda: torch.autograd.grad(torch.nn.functional.gelu(x), x, g)
-    if task == "linear":
-        x, kernel = torch.randn(options.batch * tokens, width), torch.randn(width, hidden)
-        x.requires_grad_(), kernel.requires_grad_()
-        g = torch.randn(options.batch * tokens, hidden)
-        return lambda: torch.autograd.grad(x @ kernel, (x, kernel), g)
-    qkv = [torch.randn(options.batch, tokens, width).requires_grad_() for _ in range(3)]
-    g = torch.randn(options.batch, tokens, width)
-
-    def turn() -> None:
-        split = [x.view(options.batch, tokens, heads, -1).transpose(1, 2) for x in qkv]
-        out = torch.nn.functional.scaled_dot_product_attention(*split).transpose(1, 2).reshape(g.shape)
-        torch.autograd.grad(out, qkv, g)
-
-    return turn
-
-
-def jax_layer(task: str, options: argparse.Namespace, autodiff: bool) -> Work:
-    """Forward and backward of a part of a layer: ours, or JAX's own."""
-    import jax
-    import jax.numpy as jnp
-
-    from vitft_jax import attention, gelu, product, runtime
-
-    runtime.start()
-    tokens, width, heads, hidden = layer_shape(options)
-
-    if task == "matmul":
-        x, kernel = (jnp.ones(s, options.dtype) for s in ((options.batch * tokens, width), (width, hidden)))
-        multiply = jax.jit(jnp.matmul)
-        return lambda: jax.block_until_ready(multiply(x, kernel))
-
-    def attend(*qkv: Any) -> Any:
-        split = [x.reshape(options.batch, tokens, heads, -1) for x in qkv]
-        if autodiff:
-            return jax.nn.dot_product_attention(*split).reshape(qkv[0].shape)
-        return attention.attend(*(x.swapaxes(1, 2) for x in split)).swapaxes(1, 2).reshape(qkv[0].shape)
-
-    def activate(x: Any) -> Any:
-        return jax.nn.gelu(x, approximate=False) if autodiff else gelu.gelu(x)
-
-    def linear(x: Any, kernel: Any) -> Any:
-        return x @ kernel if autodiff else product.matmul(x, kernel)
-
-    rows = (options.batch, tokens)
-    layer, *shapes = {
-        "attention": (attend, *[(*rows, width)] * 4),
-        "gelu": (activate, *[(*rows, hidden)] * 2),
-        "linear": (linear, (*rows, width), (width, hidden), (*rows, hidden)),
-    }[task]
-    *x, g = (jax.random.normal(jax.random.key(i), s, jnp.dtype(options.dtype)) for i, s in enumerate(shapes))
-
-    @jax.jit
-    def both(x: Any, g: Any) -> Any:
-        out, pull = jax.vjp(layer, *x)
-        return out, pull(g)
-
-    return lambda: jax.block_until_ready(both(x, g))
-
-
-def default_run(name: str, options: argparse.Namespace) -> Work:
-    """A batch from the input pipeline of the default run, or its LoRA step on one."""
-    import jax
-
-    from vitft_jax import config as configs
-    from vitft_jax import data, run, runtime, step
-
-    runtime.start()
-    config = configs.default()
-    config.methods, config.train.batch_size = ("lora",), options.batch
-    config, source = run.resolve(config)
-    dataset = data.load(config.data, seed=0)
-    dataset.images.check()  # decodes the images and keeps them, as before training
-    batches = data.train_batches(
-        dataset,
-        batch_size=options.batch,
-        image_size=config.data.image_size,
-        fit=config.data.fit,
-        augment=config.augment,
-        seed=0,
-    )
-    if name == "ours":
-        return lambda: [next(batches) for _ in range(20)]  # more than are read ahead between turns
-    built = run.build(config, dataset, source)
-    batch = {key: value for key, value in next(batches).items() if key != "index"}
-    batches.close()
-    holder = [step.init_state(built.program, built.trainable)]
-
-    def turn() -> None:
-        for _ in range(20):
-            holder[0], _ = step.train_step(holder[0], built.frozen, batch, program=built.program)
-        jax.block_until_ready(holder[0])
-
-    return turn
-
-
-def contestant(task: str, name: str, options: argparse.Namespace) -> Work:
-    """The work of one contestant as a function to be timed."""
-    if task == "input":
-        return default_run(name, options)
-    if task in ("attention", "gelu", "linear", "matmul"):
-        return torch_layer(task, options) if name == "torch" else jax_layer(task, options, name == "autodiff")
-    if name in ("dynamic", "static", "float32"):
-        return exported(name, options)
-    if name == "jax":
-        return ours("int8", "ours", options)
-    mine = name in ("ours", "float", "lora", *SKIP)
-    return ours(task, name, options) if mine else torch_peer(task, name, options)
-
-
-def rows(task: str, options: argparse.Namespace, arguments: list[str]) -> list[str]:
-    """Runs the contestants of a task in turn; returns the rows of its table."""
-    contestants = [Contestant(name, [__file__, task, "--serve", name, *arguments]) for name in TASKS[task]]
-    race(contestants, options.rounds)
-    mine, found = contestants[0], []
-    for c in contestants:
-        speeds = [batch_of(task, options) / s for s in c.seconds[task]]
-        ratios = [theirs / ours_ for theirs, ours_ in zip(c.seconds[task], mine.seconds[task], strict=True)]
-        ratio, label = "" if c is mine else spread(ratios, "x"), c.name
-        if c is not mine and mine.name == "dense":  # here it is the first that is to be beaten
-            ratio = f"{spread([1 / r for r in ratios], 'x')} the speed of dense"
-            label = f"{c.name} (FLOPs: {1 / flops_ratio(task, c.name, options):.2f}x)"
+FAMILIES = {"skip": (*SKIP_FORWARD, "skip_lora")}
+PACKAGES = ("jax", "torch", "transformers", "peft", "timm", "onnx", "onnxruntime")
+HEAD = (
+    "task", "contestant", "images/s (quartiles)", "first is faster by", "of the peak", "imports s", "first step s",
+    "peak MiB", "at start-up", "MB",
+)  # fmt: skip
+
+
+def kept(task: str, options: argparse.Namespace) -> list[str]:
+    """Labels of the contestants of a task that can run here and were asked for; says which cannot."""
+    labels = []
+    for label in TASKS[task]:
+        who = parse(task, label, options.dtype)
+        if options.only and who.name not in options.only and label not in options.only:
+            continue
+        if missing := contestants.lacks(who):
+            print(f"{task}: {label} is left out; it needs {missing}", file=sys.stderr, flush=True)
+        else:
+            labels.append(label)
+    return labels
+
+
+def run(task: str, labels: Sequence[str], options: argparse.Namespace) -> list[Contestant]:
+    """Lets contestants race."""
+
+    def start(label: str, name: str, environment: Mapping[str, str]) -> Contestant:
+        passed = [f"--{key}={getattr(options, key)}" for key in ("model", "size", "batch", "dtype", "turns")]
+        passed.append(f"--shape={json.dumps(options.shape)}")
+        return Contestant(name, [__file__, task, "--serve", label, *passed], environment)
+
+    started = [start(label, label, {}) for label in labels]
+    started += [
+        start(labels[0], f"{labels[0]} {v}", dict([v.split("=", 1)])) for v in options.variant if task != "peak"
+    ]
+    race(started, options.rounds)
+    return started
+
+
+def peaks(dtypes: Sequence[str], options: argparse.Namespace) -> dict[str, float]:
+    """The processor's best matrix product by dtype, in GF/s (int8: in billions of such operations)."""
+    labels = [f"{name}:{dtype}" for dtype in dtypes for name in ("ours", "torch")[: 1 + (dtype != "int8")]]
+    labels = [label for label in labels if not contestants.lacks(parse("peak", label, ""))]
+    best: dict[str, float] = {}
+    for c in run("peak", labels, options):
+        dtype = c.name.partition(":")[2]
+        speed = layers.peak_operations() / 1e9 / quartiles(c.seconds["step"])[1]
+        best[dtype] = max(best.get(dtype, 0.0), speed)
+    return best
+
+
+def dtype_of(who: Label) -> str:
+    """In which its large products are."""
+    int8 = who.task in ("int8", "int8_lora", "qat") and who.name != "float"
+    return "int8" if int8 or who.name in ("dynamic", "static") else "float32" if who.name == "float32" else who.dtype
+
+
+def operations(who: Label, options: argparse.Namespace) -> float | None:
+    """Of one image in a step of our model that does this work; None of what is no step."""
+    if who.task in (*LAYERS, "input"):
+        return None
+    from contestants import ours
+
+    from vitft_jax import flops
+
+    name = who.name if who.name in SKIP else "prune" if who.name == "evit" else "float"
+    model = ours.our_model(who._replace(name=name), options)[2]
+    if who.task in (*contestants.FORWARD, "export"):
+        return flops.forward(model, options.size)
+    return flops.train_step(model, options.size, full=who.task in ("full", "qat"))
+
+
+def rows(
+    task: str, labels: Sequence[str], peak: Mapping[str, float], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Runs a task; returns what the JSON file says of each contestant."""
+    found = []
+    for c in run(task, labels, options):
+        who = parse(task, c.name.partition(" ")[0], options.dtype)
+        speeds = [images_of(task, options.batch) / s for s in c.seconds["step"]]
+        work, dtype = operations(who, options), dtype_of(who)
+        # A step over int8 is a mixture: its backward pass is in float. Only a forward pass has one peak.
+        one_dtype = who.task not in ("int8_lora", "qat") and dtype in peak
         found.append(
-            f"| {task} | {label} | {spread(speeds)} | {ratio} | {c.peak_mib:.0f} | {c.start_mib:.0f} | {c.start_up:.1f} |"
+            {
+                "task": task,
+                "contestant": c.name,
+                "dtype": who.dtype,
+                "images_per_second": speeds,
+                "gflop_per_image": work and work / 1e9,
+                "share_of_peak": quartiles(speeds)[1] * work / 1e9 / peak[dtype] if work and one_dtype else None,
+                "imported_seconds": c.imported,
+                "first_step_seconds": c.start_up,
+                "peak_mib": c.peak_mib,
+                "start_mib": c.start_mib,
+                **c.facts,
+            }
         )
     return found
 
 
-def flops_ratio(task: str, name: str, options: argparse.Namespace) -> float:
-    """FLOPs of a forward pass over those of the dense model."""
-    from vitft_jax import flops
+def lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows of the table of a task."""
+    first, table = found[0], []
+    for row in found:
+        ratios = [a / b for a, b in zip(first["images_per_second"], row["images_per_second"], strict=True)]
+        ratio, label = "" if row is first else spread(ratios, "x"), row["contestant"]
+        if row is not first and first["contestant"] == "dense":  # here it is the first that is to be beaten
+            ratio = f"{spread([1 / r for r in ratios], 'x')} the speed of dense"
+            label = f"{label} (FLOPs: {first['gflop_per_image'] / row['gflop_per_image']:.2f}x)"
+        cells = [
+            row["task"],
+            label,
+            spread(row["images_per_second"]),
+            ratio,
+            "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}",
+            "" if row["imported_seconds"] is None else f"{row['imported_seconds']:.1f}",
+            f"{row['first_step_seconds']:.1f}",
+            f"{row['peak_mib']:.0f}",
+            f"{row['start_mib']:.0f}",
+            f"{row['megabytes']:.1f}" if "megabytes" in row else "",
+        ]
+        table.append(f"| {' | '.join(cells)} |")
+    return table
 
-    return flops.report(our_model(task, name, options)[2], options.size)["ratio"]
+
+def version(package: str) -> str:
+    """Of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
-def release() -> None:
-    """Gives memory back as train.py does after its first step."""
-    from vitft_jax import runtime
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
 
-    runtime.release()
-
-
-def main() -> None:
-    """Command line."""
+    Raises:
+        InputError: A task or model is unknown, or a variant is no assignment.
+    """
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("tasks", nargs="*", default=["forward", "lora", "full"], help=", ".join([*TASKS, *FAMILIES]))
     arguments.add_argument("--model", default="vit_small_patch16", help="a key of vit.VARIANTS (plain ViT)")
@@ -440,32 +227,88 @@ def main() -> None:
     arguments.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--turns", type=int, default=3, help="steps per round; the round counts their median")
+    arguments.add_argument("--only", type=lambda text: text.split(","), metavar="NAME,...", help="of the contestants")
+    arguments.add_argument("--variant", action="append", default=[], metavar="NAME=VALUE", help="see above; repeatable")
+    arguments.add_argument("--json", type=Path, metavar="FILE", help="also writes the rows there, each round of them")
     arguments.add_argument("--serve", help=argparse.SUPPRESS)
-    options = arguments.parse_args()
+    arguments.add_argument("--shape", type=json.loads, help=argparse.SUPPRESS)  # of the model, for a contestant
+    options = arguments.parse_args(argv)
     options.tasks = [task for name in options.tasks for task in FAMILIES.get(name, (name,))]
     for task in options.tasks:
-        if task not in TASKS:
-            arguments.error(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
-    if options.serve:
-        task, name = options.tasks[0], options.serve
-        tidy = release if name in ("ours", "float", "lora", "jax", *SKIP) else lambda: None
-        return serve({task: contestant(task, name, options)}, steps=options.turns, tidy=tidy)
+        if task not in (*TASKS, "peak"):
+            raise InputError(f"unknown task {task!r}; {nearest(task, [*TASKS, *FAMILIES])}")
+    if wrong := [variant for variant in options.variant if "=" not in variant]:
+        raise InputError(f"--variant {wrong[0]}: give NAME=VALUE, such as XLA_FLAGS=--xla_cpu_prefer_vector_width=512")
+    if options.json and not options.json.absolute().parent.is_dir():
+        raise InputError(f"--json {options.json}: no such folder")
+    return options
 
-    versions = {
-        name: metadata.version(name) for name in ("jax", "torch", "transformers", "peft", "timm", "onnxruntime")
+
+def serve_one(options: argparse.Namespace) -> None:
+    """The process of a contestant. It imports its own libraries alone, since their time and memory count."""
+    who = parse(options.tasks[0], options.serve, options.dtype)
+    built = contestants.build(who, options)
+
+    def release() -> None:
+        """Gives memory back as train.py does after its first step."""
+        from vitft_jax import runtime
+
+        runtime.release()
+
+    tidy = release if "jax" in sys.modules and who.name not in GRAPHS else lambda: None
+    serve({"step": built.step}, steps=options.turns, tidy=tidy, facts=built.facts)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    from vitft_jax import report
+    from vitft_jax.vit import VARIANTS
+
+    options = arguments_of(argv)
+    if options.model not in VARIANTS:
+        raise InputError(f"--model {options.model}; {nearest(options.model, VARIANTS)}")
+    options.shape = VARIANTS[options.model]
+    chosen = {task: labels for task in options.tasks if (labels := kept(task, options))}
+    if not chosen:
+        raise InputError(f"no contestant is left in {', '.join(options.tasks)}; see above, and --only")
+    who = [parse(task, label, options.dtype) for task, labels in chosen.items() for label in labels]
+    dtypes = sorted({dtype_of(one) for one in who if one.task not in (*LAYERS, "input")})
+    told = {
+        "command": "python scripts/benchmark.py " + " ".join(_without_json(sys.argv[1:] if argv is None else argv)),
+        "cpu": report.cpu(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        **{key: getattr(options, key) for key in ("model", "size", "batch", "dtype", "rounds", "turns")},
+        "peak_gflops": peaks(dtypes, options) if dtypes else {},
+        "rows": [],
     }
-    from vitft_jax.report import cpu
+    print(f"{options.model}, {options.size} px, batch {options.batch}, {options.dtype}; {told['cpu']}")
+    print(f"Python {told['python']}, " + ", ".join(f"{k} {v}" for k, v in told["versions"].items()))
+    if told["peak_gflops"]:
+        print("matrix peak, GF/s: " + ", ".join(f"{k} {v:.0f}" for k, v in told["peak_gflops"].items()))
+    print(f"\n| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|", flush=True)
+    for task, labels in chosen.items():
+        found = rows(task, labels, told["peak_gflops"], options)
+        told["rows"] += found
+        print("\n".join(lines(found)), flush=True)
+        if options.json:
+            report.write_json(options.json, told)
 
-    print(f"{options.model}, {options.size} px, batch {options.batch}, {options.dtype}; {cpu()}")
-    print(f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in versions.items()) + "\n")
-    print("| task | contestant | images/s (quartiles) | ours is faster by | peak MiB | at start-up | start-up s |")
-    print("|---|---|---|---|---|---|---|")
-    passed = [f"--{key}={getattr(options, key)}" for key in ("model", "size", "batch", "dtype", "turns")]
-    for task in options.tasks:
-        for row in rows(task, options, passed):
-            print(row, flush=True)
-    return None
+
+def _without_json(argv: Sequence[str]) -> list[str]:
+    """Arguments without --json, which says nothing of what was measured."""
+    found, skip = [], False
+    for argument in argv:
+        if not skip and not argument.startswith("--json"):
+            found.append(argument)
+        skip = argument == "--json"
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    if "--serve" in sys.argv:
+        serve_one(arguments_of(None))
+    else:
+        from vitft_jax import cli
+
+        cli.main(main)

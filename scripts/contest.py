@@ -17,10 +17,21 @@ from pathlib import Path
 
 Work = Callable[[], object]
 WARM_UP = 4
+_marks: dict[str, float] = {}
+
+
+def imported() -> None:
+    """A contestant calls it when its libraries are imported, so that this is told apart from what comes after."""
+    _marks.setdefault("imported", time.time())
 
 
 def serve(
-    works: Mapping[str, Work], *, steps: int, tidy: Callable[[], None] = lambda: None, lean: bool = False
+    works: Mapping[str, Work],
+    *,
+    steps: int,
+    tidy: Callable[[], None] = lambda: None,
+    lean: bool = False,
+    facts: Mapping[str, float] | None = None,
 ) -> None:
     """A contestant's process: warms up, then answers each line on its input, the name of a work, with the seconds of a step.
 
@@ -32,6 +43,7 @@ def serve(
         tidy: Called after each work's first step, which leaves a compiler's memory behind.
         lean: Also between turns, so that those who wait hold little memory; the first step of a turn, which fetches it
             again, is then not timed.
+        facts: Numbers about the contestant, handed on to the parent.
     """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -48,7 +60,8 @@ def serve(
             work()
         if lean:
             tidy()
-    answer(first_step=first, works=list(works), peak_mib=peak_mib())
+    marks = {"imported": _marks.get("imported"), "first_step": first}
+    answer(**marks, works=list(works), peak_mib=peak_mib(), facts=dict(facts or {}))
     forget_peak()
     for line in sys.stdin:
         work = works[line.rstrip("\n")]
@@ -87,19 +100,30 @@ class Contestant:
         name: Of the contestant.
         works: What it can do.
         seconds: Of a step, by work, one value a round.
+        imported: Seconds from the start of the process until it has called `imported`; None where it does not.
         start_up: Seconds from the start of the process until its first step is done.
+        facts: What it said of itself.
         start_mib: Its peak memory until it was warm: start-up and compilation.
         peak_mib: Its peak memory since then.
     """
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
-        """Starts the process, a Python script with its arguments that calls `serve`, and waits until it is warm."""
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Starts the process, a Python script with its arguments that calls `serve`, and waits until it is warm.
+
+        `environment` is put over that of this process.
+        """
         started = time.time()
         self._process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
         )
         self.name = name
         ready = self._read()
+        self.facts: dict[str, float] = ready["facts"]
+        self.imported = ready["imported"] and ready["imported"] - started
         self.start_up = ready["first_step"] - started
         self.works: list[str] = ready["works"]
         self.seconds: dict[str, list[float]] = {work: [] for work in self.works}

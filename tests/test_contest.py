@@ -11,6 +11,8 @@ import sys, time
 import contest
 
 log, name, *works = sys.argv[1:]
+if name == "kept":
+    contest.imported()
 compiled = []
 
 def write(text):
@@ -25,7 +27,9 @@ def work(which):
     time.sleep(0.01)
     write(f"{which} ends")
 
-contest.serve({w: lambda w=w: work(w) for w in works}, steps=3, tidy=lambda: write("tidies"), lean=name == "lean")
+facts = {"megabytes": 1.5} if name == "kept" else None
+works = {w: lambda w=w: work(w) for w in works}
+contest.serve(works, steps=3, tidy=lambda: write("tidies"), lean=name == "lean", facts=facts)
 """
 
 
@@ -63,6 +67,28 @@ def test_contestants_take_turns_and_never_work_at_once(start):
     assert begun == (["lean one"] * 4 + ["lean two"] * 4 + ["kept two"] * 3) * 2  # the first of a lean one is not timed
     assert lines[len(warm) :].count("lean tidies") == 4
     assert lines[len(warm) :].count("kept tidies") == 0
+
+
+def test_start_up_is_told_in_parts_and_facts_are_handed_on(start):
+    lean, kept = start("lean", "one"), start("kept", "one")
+    contest.race([lean, kept], rounds=1)
+    assert (lean.imported, lean.facts) == (None, {})
+    assert 0 < kept.imported < kept.start_up
+    assert kept.facts == {"megabytes": 1.5}
+
+
+def test_environment_of_a_contestant(tmp_path, monkeypatch):
+    monkeypatch.setenv("ONE", "kept")
+    script = tmp_path / "contestant.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(Path(contest.__file__).parent)!r})
+import contest
+contest.serve(dict.fromkeys([os.environ["ONE"], os.environ["TWO"]], lambda: None), steps=1)
+""")
+    contestant = contest.Contestant("any", [str(script)], {"TWO": "changed"})
+    contest.race([contestant], rounds=1)
+    assert contestant.works == ["kept", "changed"]
 
 
 def test_one_that_fails_ends_the_race(start):

@@ -1,8 +1,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from support import lora_config
 
-from vitft_jax import flops, vit
+from vitft_jax import flops, methods, tree, vit
 from vitft_jax.methods.skip import Skip, Split
 
 WIDE = {"patch": 16, "width": 384, "depth": 4, "heads": 6, "hidden": 1536, "classes": 3}
@@ -33,6 +34,24 @@ def test_formula_is_within_5_percent_of_xla_and_below_dense(name, features):
         assert found["forward"] < found["dense_forward"] == flops.forward(model.clone(select=None), 224)
         assert found["ratio"] == found["forward"] / found["dense_forward"] < 0.97
         assert theirs < by_xla(model.clone(select=None), 224)
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapters", "full"])
+@pytest.mark.parametrize("name", ["dense", "prune"])
+def test_train_step_is_within_5_percent_of_xla(name, full):
+    """XLA counts the elements of norms, GELU and softmax too, and adapters of rank 1."""
+    model = vit.ViT(**WIDE, select=SELECTORS[name])
+    method = methods.load(lora_config(rank=1, targets="qkv"))
+    model = model if full else model.clone(dot_general_cls=method.dot_general_cls)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    trainable, frozen = tree.split(shapes, lambda leaf: full or leaf.startswith("lora/") or "head" in leaf)
+
+    def loss(trainable, frozen, images):
+        return jnp.sum(model.apply(tree.join(trainable, frozen), images) ** 2)
+
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    step = jax.jit(jax.value_and_grad(loss)).lower(trainable, frozen, images).compile()
+    assert abs(flops.train_step(model, 224, full=full) / step.cost_analysis()["flops"] - 1) < 0.05
 
 
 def test_mask_mode_saves_nothing_and_says_so():

@@ -1,10 +1,12 @@
-"""Floating-point operations of a forward pass, from shapes: two for each multiplication with its addition.
+"""Floating-point operations of a forward pass and of a train step, from shapes: two for each multiplication with its addition.
 
 A block of n tokens, of which m leave it (all but in the last block, where the head may read the prefix tokens alone), costs
 
     query and out  2 m D^2     key and value  2 n D^2     attention  2 m n D     MLP  2 m D hidden
 
-multiplications. Norms, GELU, softmax and additions do not count; nor do adapters, which `merge` folds in.
+multiplications. Norms, GELU, softmax and additions do not count; nor do adapters, which `merge` folds in. The backward pass of
+a linear layer costs its forward pass for the gradient of its input, and again for that of its kernel where it trains; that of
+attention costs two forward passes, for its two products have two inputs each.
 """
 
 from typing import Any
@@ -44,17 +46,38 @@ def tokens(model: ViT, image_size: int) -> list[tuple[int, int]]:
     return list(zip(entering, (left for left, _ in counting.seen), strict=True))
 
 
+def _parts(model: ViT, image_size: int) -> tuple[int, int, int, int, int]:
+    """Multiplications of one image: patch embedding, query, key and value of block 0, other linear layers, attention, heads."""
+    width, patches = model.width, (image_size // model.patch) ** 2
+    first = linear = attention = 0
+    for i, (n, m) in enumerate(tokens(model, image_size)):
+        qkv = (m + 2 * n) * width**2
+        first += qkv if i == 0 else 0
+        linear += (qkv if i else 0) + m * width**2 + 2 * m * width * model.hidden
+        attention += 2 * m * n * width
+    heads = (2 if model.distilled and model.dist_head else 1) * len(model.features.split("+")) * width * model.classes
+    return patches * 3 * model.patch**2 * width, first, linear, attention, heads
+
+
 def forward(model: ViT, image_size: int) -> int:
     """Operations of one image's forward pass."""
-    width, patches = model.width, (image_size // model.patch) ** 2
-    products = patches * 3 * model.patch**2 * width
-    for i, (n, m) in enumerate(tokens(model, image_size)):
-        products += (2 * m + 2 * n) * width**2 + 2 * m * n * width + 2 * m * width * model.hidden
-        if model.select is not None and model.select.wants_rows(i):
-            products += model.prefix * n * width
-    heads = 2 if model.distilled and model.dist_head else 1
-    products += heads * len(model.features.split("+")) * width * model.classes
-    return 2 * products
+    rows = [n for i, (n, _) in enumerate(tokens(model, image_size)) if model.select and model.select.wants_rows(i)]
+    return 2 * (sum(_parts(model, image_size)) + model.prefix * model.width * sum(rows))
+
+
+def train_step(model: ViT, image_size: int, *, full: bool) -> int:
+    """Operations of one image in a train step without recomputation.
+
+    Args:
+        model: The network.
+        image_size: Pixels.
+        full: Whether everything trains; else adapters in every block, and the head.
+    """
+    embed, first, linear, attention, heads = _parts(model, image_size)
+    backward = linear + 2 * attention + 2 * heads  # nothing below the adapters of block 0 gets a gradient
+    if full:
+        backward += first + embed + first + linear  # inputs of block 0; kernels
+    return forward(model, image_size) + 2 * backward
 
 
 def report(model: ViT, image_size: int) -> dict[str, float]:
