@@ -22,7 +22,7 @@ from sweep import Job, Row, Sweep, check_metrics, results
 
 from vitft_jax import metrics, report
 from vitft_jax.errors import InputError
-from vitft_jax.report import comparison
+from vitft_jax.report import comparison, words
 
 Values = Mapping[Row, Mapping[str, Mapping[str, float]]]
 """Of each row and metric: value, low and high."""
@@ -163,7 +163,7 @@ def _figure(
     for panel, name in zip(panels, shown, strict=False):
         of = {row: value[name] for row, value in pooled.items()}
         _lines(panel, sweep, rows, of, {job: value[name] for job, value in each.items()})
-        panel.set_title(_words(name), loc="left", fontsize="medium")
+        panel.set_title(words.name(name), loc="left", fontsize="medium")
         _quiet(panel)
     return figure
 
@@ -172,10 +172,6 @@ def _quiet(panel: Axes) -> None:
     panel.grid(axis="y", alpha=0.3)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ") + (" (lower is better)" if name in metrics.LOWER_IS_BETTER else "")
 
 
 def _label(row: Row, without: str) -> str:
@@ -237,8 +233,9 @@ def _bars(
         panel.bar(x, values, 0.9 * width, color=colours[i % len(colours)], alpha=0.75, label=_label(row, ""))
         panel.errorbar(x, values, ends, fmt="none", ecolor="0.2", elinewidth=1, capsize=2)
         for job in jobs:
-            panel.plot(x, _floats(each[job.name][name] for name in shown), ".", color="black", markersize=3)
-    panel.set_xticks(groups, [_words(name).replace(" (", "\n(") for name in shown])
+            dots = _floats(each[job.name][name] for name in shown)
+            panel.plot(x + 0.25 * width, dots, ".", color="black", markersize=3)
+    panel.set_xticks(groups, [words.name(name).replace(", ", ",\n") for name in shown])
     _quiet(panel)
     panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 

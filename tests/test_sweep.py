@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import folders
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import seeds
@@ -18,7 +21,9 @@ import sweep
 import sweep_results
 from PIL import Image
 
-from vitft_jax import vit
+from vitft_jax import config as configs
+from vitft_jax import methods, tree, vit
+from vitft_jax.data import cases, splits
 from vitft_jax.errors import InputError
 
 FILE = """
@@ -402,6 +407,58 @@ def test_methods_are_compared_at_one_budget():
             assert made[arm]["train.lr"] > made["full"]["train.lr"] or arm == "QAT"
         assert (made["AdaLoRA"]["adalora.targets"], made["AdaLoRA"]["adalora.target_r"]) == ("qkv", 8)
         assert made["LoRA over int8"]["train.lr"] == made["LoRA"]["train.lr"]
+
+
+def trained_parameters(config, variant, classes):
+    """How many parameters of a model train."""
+    config = configs.from_json(json.dumps(tree.unflatten({key.replace(".", "/"): v for key, v in config.items()})))
+    method = methods.load(config)
+    model = vit.ViT(**vit.VARIANTS[variant], classes=classes, dot_general_cls=method.dot_general_cls)
+    shapes = tree.flatten(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3))))
+    chosen = re.compile(config.train.trainable)
+    return sum(
+        math.prod(leaf.shape)
+        for name, leaf in shapes.items()
+        if name.startswith(method.collections) or chosen.search(name.removeprefix("params/"))
+    )
+
+
+def test_food101_trains_what_the_original_trained():
+    """Where numbers differ, see the file: the original trained AdaLoRA's head not at all, and DeiT's with 1000 classes."""
+    made = {job.arm: job.made.get("config") for job in sweep.read(ROOT / "configs" / "sweeps" / "food101.toml").jobs}
+    head, unused = 101 * 769, 1000 * 769
+    for arm, original in {"LoRA": 372_581, "LoRA DeiT": 4_307_944 - unused + head, "AdaLoRA": 663_984 + head}.items():
+        assert trained_parameters(made[arm], "vit_base_patch16", 101) == original
+    text = (ROOT / "configs" / "sweeps" / "food101.toml").read_text()
+    for number in (372_581, 4_307_944, 3_616_613, 663_984, 741_653):
+        assert f"{number:,}" in text
+    assert made["full"]["train.trainable"] == made["Skip-ViT"]["train.trainable"] == "."
+    assert made["Skip-ViT"]["methods"] == ["skip"]
+
+
+def test_what_the_original_trained_for_several_labels_was_on_query_key_and_value():
+    (lora,) = {
+        json.dumps({key: value for key, value in job.made["config"].items() if key != "seed"})
+        for job in sweep.read(ROOT / "configs" / "sweeps" / "multilabel.toml").jobs
+        if job.arm == "LoRA"
+    }
+    lora = json.loads(lora)
+    assert trained_parameters(lora, "vit_base_patch16", 3) == 5_310_723
+    assert trained_parameters({**lora, "lora.targets": "qkv"}, "vit_base_patch16", 3) == 1_771_779
+
+
+def test_thresholds_of_labels_can_be_chosen_on_the_validation_split():
+    """With each seed ten videos or more have a label, and ten have it not."""
+    every = cases.cases("video")
+    labels, groups = np.array([case.labels for case in every]), np.array([case.group for case in every])
+    for job in sweep.read(ROOT / "configs" / "sweeps" / "multilabel.toml").jobs:
+        if job.arm == "LoRA":
+            made = job.made["config"]
+            fractions = made["data.val_fraction"], made["data.test_fraction"]
+            val = np.array(splits.split_by_group(labels, groups, *fractions, made["seed"])) == "val"
+            for label in range(3):
+                for value in (0, 1):
+                    assert len(set(groups[val & (labels[:, label] == value)])) >= 10
 
 
 @pytest.mark.slow
