@@ -42,8 +42,8 @@ A sweep is a TOML file:
     options = ["--static", "mse"]       # of its command line
 
 --set KEY=VALUE puts a key over those of base, or other values (seed=0,1) in the place of those of the grid. Where an arm has
-the key itself, --set ARM:KEY=VALUE must say what it gets there. The file of a config is looked for from the working directory,
-then from the folder of the repository.
+the key itself, --set ARM:KEY=VALUE must say what it gets there, unless that is the run of another arm. The file of a config is
+looked for from the working directory, then from the folder of the repository.
 """
 
 import argparse
@@ -190,13 +190,18 @@ def _changed(
             base[key] = value
     settled = {change.partition("=")[0] for change in changes}
     for key in (key for key in settled if ":" not in key):
-        own = [name for name, arm in by_name.items() if key in arm and f"{name}:{key}" not in settled]
+        own = [n for n, arm in by_name.items() if key in arm and f"{n}:{key}" not in settled and not _of_run(arm[key])]
         if own and key not in grid:
             raise InputError(
                 f"--set {key}: arm {own[0]!r} of {path} has {by_name[own[0]][key]!r} of its own; "
                 f"add --set '{own[0]}:{key}=VALUE' to say what it gets"
             )
     return base, grid, list(by_name.values())
+
+
+def _of_run(value: Any) -> bool:
+    """Whether it stands for the run of another arm."""
+    return isinstance(value, str) and value.startswith("@")
 
 
 def _literal(text: str) -> Any:
@@ -240,7 +245,7 @@ def _job(path: Path, base: dict[str, Any], arm: dict[str, Any], values: dict[str
         raise InputError(f"{path}: arm {arm.get('name', '')!r}: 'config' names its file; 'options' are of 'quantize'")
     file, after = _config_file(path, settings.pop("config")), ""
     for key, value in settings.items():
-        if isinstance(value, str) and value.startswith("@"):
+        if _of_run(value):
             after = other(value[1:])
             settings[key] = f"@/{after}"
     name = _name(arm.get("name", ""), values)

@@ -162,6 +162,9 @@ def test_changes_reach_the_grid_and_the_arms(tmp_path):
     assert list(made) == [f"{arm}_seed{seed}" for seed in (2, 5) for arm in ("LoRA", "QAT", "PTQ")]
     assert made["QAT_seed5"]["train.lr"] == 1e-4 != made["LoRA_seed5"]["train.lr"] == 1e-3
     assert (made["QAT_seed5"]["dtype"], made["QAT_seed5"]["seed"]) == ("bfloat16", 5)
+    study = sweep.read(written(tmp_path, ARMS), ["model.pretrained=WEIGHTS"])
+    pretrained = {job.arm: job.made["config"]["model.pretrained"] for job in study.jobs[:2]}
+    assert pretrained == {"LoRA": "WEIGHTS", "QAT!": "@/LoRA_seed0"}  # which is made from that arm as before
     assert sweep.read(written(tmp_path, ARMS), ["methods=lora", "QAT!:methods=quant"]).jobs[1].made["config"][
         "methods"
     ] == ["quant"]
