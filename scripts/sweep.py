@@ -483,6 +483,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments.add_argument("--table", action="store_true", help="train nothing: tables and figure of what is done")
     arguments.add_argument("--status", action="store_true", help="train nothing: how far it has come")
+    arguments.add_argument(
+        "--publish", type=Path, metavar="FOLDER", help="copy the tables and the figure there, by the name of --output"
+    )
     options = arguments.parse_args(argv)
     sweep = read(options.sweep, options.set)
     if options.status:
@@ -495,6 +498,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     import sweep_results  # slow to import, and after hours of training first
 
     sweep_results.write(sweep, options.output)
+    if options.publish:
+        sweep_results.publish(options.output, options.publish)
     if failed := {name: text for name, text in state.items() if text != "done"}:
         raise InputError(
             f"{len(failed)} of {len(state)} runs are missing: "

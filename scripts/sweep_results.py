@@ -8,6 +8,7 @@ each row.
 
 import csv
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,13 @@ def write(sweep: Sweep, output: Path) -> None:
         comparison.write(compared, output / "comparison.html")
     except InputError as error:
         print(f"no comparison.html: {error}")
+
+
+def publish(output: Path, folder: Path) -> None:
+    """Copies the tables and the figure of a sweep to NAME.csv, NAME.md and NAME.png, NAME being that of its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("results.csv", "results.md", "figure.png"):
+        shutil.copyfile(output / name, folder / f"{output.absolute().name}{Path(name).suffix}")
 
 
 def _csv(path: Path, sweep: Sweep, done: Sequence[tuple[Job, dict[str, Any]]], known: Sequence[str]) -> None:

@@ -347,6 +347,9 @@ def test_tables_and_figure(tmp_path, trains, capsys, text):
         assert picture.width > 700
     page = (output / "comparison.html").read_text()
     assert all(job.name in page for job in study.jobs if job.values["seed"] == 0)
+    sweep.main([str(tmp_path / "study.toml"), "--output", str(output), "--table", "--publish", str(tmp_path / "docs")])
+    assert (tmp_path / "docs" / "runs.md").read_text() == written_down
+    assert {path.name for path in (tmp_path / "docs").iterdir()} == {"runs.csv", "runs.md", "runs.png"}
 
 
 def tables(text):
