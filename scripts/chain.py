@@ -129,7 +129,8 @@ def table(arms: Sequence[Arm], speeds: dict[str, list[float]], metric: str) -> l
     head += ["images/s", f"ratio to {PEER}"] if speeds else []
     lines, reached = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], []
     if speeds:
-        lines.append(f"| {PEER}, float32 | | | | | | | {contest.spread(speeds[PEER], digits=1)} | |")
+        cells = [f"{PEER}, float32", *[""] * 6, contest.spread(speeds[PEER], digits=1), ""]
+        lines.append(f"| {' | '.join(cells)} |")
     for arm in arms:
         value, change = seeds.pooled(list(arm.runs.values()))[metric], None
         shared = [seed for seed in arm.runs if seed in full.runs]
