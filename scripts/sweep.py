@@ -431,7 +431,8 @@ def progress(sweep: Sweep, output: Path, height: int) -> Table:
         left = sum(status["runs"].get(job.name, "waits") in ("waits", "runs") for job in sweep.jobs)
         title += f", about {_duration(left * sum(done) / len(done))} left"
     table = Table(title=title, title_justify="left")
-    for column in ("run", "state", "test"):
+    table.add_column("run", no_wrap=True, min_width=max(len(job.name) for job in sweep.jobs))
+    for column in ("state", "test"):
         table.add_column(column, overflow="ellipsis", no_wrap=True)
     going = next((i for i, job in enumerate(sweep.jobs) if status["runs"].get(job.name) == "runs"), len(sweep.jobs) - 1)
     room = max(3, height - 6)
