@@ -453,6 +453,8 @@ def _goes_on(folder: Path, status: Mapping[str, Any]) -> str:
         os.kill(status["process"], 0)
     except ProcessLookupError:
         return "was ended; the same command goes on"
+    except PermissionError:  # it is there, and another user's
+        pass
     text = f"runs for {_duration(time.time() - status['since'])}"
     try:
         with (folder / "metrics.jsonl").open("rb") as file:
