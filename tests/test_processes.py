@@ -129,8 +129,9 @@ def test_a_run_that_was_killed_ends_as_one_of_a_single_process(tiny_config, tmp_
     for name in ("one", "two"):  # those of eight devices are read on one
         with Checkpoints(tmp_path / name / "checkpoints", read_only=True) as checkpoints:
             leaves.append(tree.flatten(checkpoints.restore_best(None)[0]))
+    # Adam divides a gradient by its own size, so what sums in another order leave of a small one is a part of a whole step.
     for name, leaf in leaves[0].items():
-        np.testing.assert_allclose(leaves[1][name], leaf, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(leaves[1][name], leaf, atol=1e-3 * tiny_config.train.lr, err_msg=name)
     assert evaluate.evaluate(tmp_path / "two", "test") == summary["metrics"]["test"]
 
 
