@@ -1,4 +1,4 @@
-"""Trains, exports, opens every format in the library that it is for, and compares: prints the table of docs/export.md.
+"""Trains, exports, opens every format in the library that it is for, and prints how far the answers differ.
 
     python scripts/round_trip.py                                  # trains configs/lora.py on what comes with the package
     python scripts/round_trip.py runs/busi_lora_qkv_[012] runs/busi_int8_[012]
