@@ -1,5 +1,7 @@
 """What tests of exports and adapters share: runs that were never trained, on bases in the files of transformers."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,17 @@ def config_for(images, base, method=(), **changes):
     config.adalora.update(init_r=4, target_r=2)
     config.update_from_flattened_dict(changes)
     return config
+
+
+def several_labels(folder, images):
+    """A copy of `conftest.image_folder` with a table of two labels an image; the changes to a config that reads it."""
+    shutil.copytree(images, folder)
+    rows = ["path,deep,bright"]
+    for file in sorted(images.rglob("*.png")):
+        name = file.relative_to(images).as_posix()
+        rows.append(f"{name},{int(not name.startswith('light'))},{int(not name.startswith('dark'))}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
+    return {"data.path": str(folder), "data.table": "labels.csv", "data.labels": ("deep", "bright")}
 
 
 def hand_made(workdir, config, how=None, change=lambda name, leaf: leaf):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import exports
@@ -53,12 +54,15 @@ def renamed(tensors, how):
 def test_what_peft_wrote_is_read_as_the_golden_tests_read_it(method, naming, tmp_path):
     tensors = golden(method)
     expected = tree.flatten(adapter_tree(tensors))
+    config = {**LORA, "use_dora": method == "dora"}
+    if naming == "hf4":
+        config["rank_pattern"] = {"layer.1.attention.attention.query": 2}
     if naming != "hf5":
         scheme = "hf4" if naming == "hf4" else "hf5"
         names = hf_names.layers("vit", scheme, 2)
         tensors = renamed(tensors, lambda ours: names[ours].removeprefix("" if naming == "hf4" else "vit."))
         assert not any(".vit.layers." in name for name in tensors)
-    adapter = peft.read(write(tmp_path / "adapter", {**LORA, "use_dora": method == "dora"}, tensors))
+    adapter = peft.read(write(tmp_path / "adapter", config, tensors))
     found = {f"{path}/dot/{part}": array for path, parts in adapter.layers.items() for part, array in parts.items()}
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -102,11 +106,21 @@ def test_alphas_by_layer_are_folded_into_b(tmp_path):
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
         ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not supported"),
         ({"peft_type": None}, "peft_type None"),
-        ({"r": 0}, "r=0, expected a number above 0"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is not supported"),
+        ({"r": 0}, "r=0, expected a whole number above 0"),
+        ({"r": 2.0}, "r=2.0, expected a whole number above 0"),
+        ({"r": 4}, "rank 4 for vit.layers.0.mlp.fc1 (r, or rank_pattern), and its tensors have rank 2"),
+        (
+            {"rank_pattern": {"fc1": 3}},
+            "rank 3 for vit.layers.0.mlp.fc1 (r, or rank_pattern), and its tensors have rank 2",
+        ),
+        ({"rank_pattern": {"fc1": "2"}}, "rank_pattern['fc1']='2', expected a whole number"),
         ({"lora_alpha": "8"}, "lora_alpha='8', expected"),
         ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
         ({"alpha_pattern": [1]}, "alpha_pattern=[1], expected an object"),
-        ({"alpha_pattern": {"(": 1}}, "is no regex"),
+        ({"alpha_pattern": {"(": 1}}, "adapter_config.json: alpha_pattern has '(', which is no regex"),
+        ({"rank_pattern": {"(": 1}}, "adapter_config.json: rank_pattern has '(', which is no regex"),
+        ({"alpha_pattern": {"fc1": -1}}, "alpha_pattern['fc1']=-1, expected a number above 0"),
         ({"use_dora": True}, "has lora_A, lora_B, not lora_A, lora_B, lora_magnitude_vector"),
         ({"peft_type": "ADALORA", "use_rslora": True}, "use_dora and use_rslora are not supported with ADALORA"),
     ],
@@ -116,7 +130,15 @@ def test_settings_that_are_not_supported_are_named(changes, message, tmp_path):
     with pytest.raises(InputError) as error:
         peft.read(write(tmp_path / "adapter", config, pair("vit.layers.0.mlp.fc1")))
     assert message in str(error.value)
-    assert peft.CONFIG in str(error.value) or peft.TENSORS in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("settings", [{"r": 4, "rank_pattern": {r"layers\.0\.mlp\.fc1": 2}}, {"r": 2}])
+def test_a_rank_is_that_of_the_first_pattern_or_r(settings, tmp_path):
+    folder = write(
+        tmp_path / "adapter", {"peft_type": "LORA", "lora_alpha": 4, **settings}, pair("vit.layers.0.mlp.fc1")
+    )
+    assert peft.read(folder).layers["blocks_0/mlp/fc1"]["a"].shape == (8, 2)
 
 
 def test_settings_without_effect_are_no_matter(tmp_path):
@@ -194,7 +216,7 @@ def root(image_folder, tmp_path_factory):
 
 
 def started(image_folder, root, method, folder=None, classes=None, **changes):
-    """A run before its first step that starts from an adapter, its config, and whether the head came along."""
+    """A run before its first step that starts from an adapter, why its head is fresh, and its config."""
     folder = folder or root / f"{method}_peft"
     config = exports.config_for(image_folder, root / "base", method, init_adapter=str(folder), **changes)
     config, base = run.resolve(config)
@@ -206,9 +228,9 @@ def started(image_folder, root, method, folder=None, classes=None, **changes):
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
 def test_a_run_starts_where_the_other_ended(method, root, image_folder):
     changes = {"adalora.init_r": 12} if method == "adalora" else {}  # the default, which the adapter replaces
-    built, with_head, config = started(image_folder, root, method, **changes)
+    built, fresh_head, config = started(image_folder, root, method, **changes)
     best = run.best(root / method)
-    assert with_head
+    assert not fresh_head
     if method != "adalora":
         assert config.lora.targets == "encoder"
         assert (config.lora.rank, config.lora.alpha) == (3, 5.0)
@@ -228,11 +250,16 @@ def test_a_run_starts_where_the_other_ended(method, root, image_folder):
 
 
 def test_the_command_starts_from_it_and_goes_on(root, image_folder, tmp_path, capsys):
-    config = exports.config_for(image_folder, root / "base", "dora", init_adapter=str(root / "dora_peft"))
+    adapter = shutil.copytree(root / "dora_peft", tmp_path / "adapter")
+    told = json.loads((adapter / peft.CONFIG).read_text())
+    (adapter / peft.CONFIG).write_text(json.dumps({**told, "base_model_name_or_path": "some/other"}))
+    config = exports.config_for(image_folder, root / "base", "dora", init_adapter=str(adapter))
     config.train.update(steps=1, lr=0.0)
     config.figures.count = 0
     summary = train.train(config, tmp_path / "run")
-    assert f"starts from the adapter {root / 'dora_peft'}\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"starts from the adapter {adapter}\n" in said
+    assert f"note: the adapter says that its base is some/other, and that of this run is {root / 'base'}\n" in said
     assert summary["environment"]["adapter"]["sha256"] == peft.read(root / "dora_peft").sha256
     _, logits = exports.images_and_logits(root / "dora")
     np.testing.assert_array_equal(exports.images_and_logits(tmp_path / "run")[1], logits)
@@ -282,6 +309,28 @@ def test_the_head_comes_along_for_the_same_classes_alone(root):
     np.testing.assert_array_equal(peft.head_for(unnamed, ("light", "dark", "blue"))["params/head/kernel"], kernel)
     assert not peft.head_for(unnamed, ("light", "dark"))
     assert not peft.head_for(replace(unnamed, head={}), ("light", "dark", "grey"))
+
+
+def test_why_a_head_is_fresh_is_said(root, image_folder, tmp_path):
+    assert started(image_folder, root, "lora", classes=("light", "dark", "blue"))[1] == (
+        "its own is for dark, grey, light, this one for light, dark, blue"
+    )
+    shutil.copytree(root / "lora_peft", tmp_path / "headless")
+    tensors = load_file(root / "lora_peft" / peft.TENSORS)
+    save_file({n: t for n, t in tensors.items() if "classifier" not in n}, tmp_path / "headless" / peft.TENSORS)
+    assert started(image_folder, root, "lora", tmp_path / "headless")[1] == "none is saved with it"
+
+
+def test_the_base_that_an_adapter_names_is_compared(root):
+    adapter = peft.read(root / "lora_peft")
+    own = run.Weights(str(root / "base"), "", "")
+    assert adapter.base == str(root / "base")
+    assert not peft.other_base(adapter, own)
+    assert not peft.other_base(replace(adapter, base=f"{root}/lora/../base"), own)
+    assert not peft.other_base(replace(adapter, base=""), own)
+    assert not peft.other_base(replace(adapter, base=str(pretrained.BUNDLED)), run.Weights("bundled", "", ""))
+    assert "other/base" in peft.other_base(replace(adapter, base="other/base"), own)
+    assert "bundled" in peft.other_base(adapter, run.Weights("bundled", "", ""))
 
 
 def test_an_adapter_of_another_model(root, image_folder, tmp_path):

@@ -9,8 +9,6 @@ from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
 
 FILE = "vitft_jax.json"
-WHOLE_MODELS = ("hf", "timm")
-"""Formats that `vitft_jax.load` opens."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ _WITHOUT_EFFECT = {
     "megatron_core", "qalora_group_size", "fan_in_fan_out",
 }  # fmt: skip
 _ORDINARY_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_CONVERTED = ("pissa", "olora", "corda", "lora_ga")
+"""Starts that change the kernels, and of which PEFT can write an adapter of the original base."""
 _HEADS = {"classifier": "head", "cls_classifier": "head", "distillation_classifier": "head_dist"}
 _BLOCK_0 = {
     name: ours
@@ -68,6 +70,7 @@ class Adapter:
         kept: Of AdaLoRA: which of the `rank` triplets each layer still has, bool, by path.
         head: Leaves 'head/kernel', 'head/bias', and those of 'head_dist'; empty where none is saved.
         classes: Names of the head's outputs, which `vitft_jax.export` writes beside an adapter; () where not known.
+        base: Path or Hub id of the model that it says to be trained on; '' where it says none.
         source: The folder.
         sha256: Over the bytes of its tensors.
     """
@@ -80,6 +83,7 @@ class Adapter:
     kept: Mapping[str, np.ndarray]
     head: Mapping[str, np.ndarray]
     classes: tuple[str, ...]
+    base: str
     source: str
     sha256: str
 
@@ -115,7 +119,13 @@ def read(folder: Path) -> Adapter:
             layers[path] = {"q": _turned(parts["A"]), "lam": parts["E"].ravel(), "p": _turned(parts["B"])}
             kept[path] = _kept(patterns, module, rank, parts["E"].size, where)
         else:
-            ratio = _number(alphas, _match(alphas, module), where, float) / alpha if _match(alphas, module) else 1.0
+            expected = _for_module(patterns, "rank_pattern", module, where, int) or rank
+            if parts["A"].shape[0] != expected:
+                raise InputError(
+                    f"{where}: rank {expected} for {module} (r, or rank_pattern), and its tensors have rank "
+                    f"{parts['A'].shape[0]}; the scale is lora_alpha over the rank, so one of them is wrong"
+                )
+            ratio = (_for_module(alphas, "alpha_pattern", module, where, float) or alpha) / alpha
             layers[path] = {"a": _turned(parts["A"]), "b": _turned(parts["B"]) * np.float32(ratio)}
             if method == "dora":
                 layers[path]["m"] = parts["magnitude_vector"].ravel()
@@ -130,6 +140,7 @@ def read(folder: Path) -> Adapter:
         kept=kept,
         head=head,
         classes=exported.read(folder).classes if (folder / exported.FILE).is_file() else (),
+        base=str(config.get("base_model_name_or_path") or ""),
         source=str(folder.resolve()),
         sha256=hashlib.sha256(data).hexdigest(),
     )
@@ -149,6 +160,8 @@ def _method(config: dict[str, Any], where: str) -> str:
         raise InputError(f"{where}: bias={config['bias']!r} is not supported, only 'none' is: biases of the base stay")
     start = config.get("init_lora_weights")
     if start not in _ORDINARY_STARTS:
+        if not str(start).lower().startswith(_CONVERTED):
+            raise InputError(f"{where}: init_lora_weights={start!r} is not supported")
         raise InputError(
             f"{where}: init_lora_weights={start!r}: such an adapter belongs to kernels that its start has changed. Save it "
             "with PEFT's path_initial_model_for_weight_conversion, which makes it a LoRA adapter of the original base"
@@ -204,14 +217,16 @@ def _turned(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x.T)
 
 
-def _number(table: Mapping[str, Any], key: str, where: str, kind: type) -> Any:
+def _number(table: Mapping[str, Any], key: str, where: str, kind: type, called: str = "") -> Any:
+    """A number above 0; `called` is its name in messages, where that is not its key."""
     value = table.get(key)
     if (
         isinstance(value, bool)
         or not isinstance(value, int if kind is int else int | float)
         or not 0 < value < math.inf
     ):
-        raise InputError(f"{where}: {key}={value!r}, expected a number above 0")
+        what = "a whole number" if kind is int else "a number"
+        raise InputError(f"{where}: {called or key}={value!r}, expected {what} above 0")
     return kind(value)
 
 
@@ -222,15 +237,19 @@ def _pattern(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _match(pattern: Mapping[str, Any], module: str) -> str:
-    """The first key that stands for a module, as PEFT looks it up: a regex on the end of its name; '' where none does."""
+def _for_module(pattern: Mapping[str, Any], name: str, module: str, where: str, kind: type) -> Any:
+    """What a pattern called `name` says of a module, None for nothing.
+
+    The first key counts that PEFT would find: a regex on the end of the module's name.
+    """
     for key in pattern:
         try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return key
+            found = re.match(rf"(.*\.)?({key})$", module)
         except re.error as error:
-            raise InputError(f"{CONFIG}: alpha_pattern has {key!r}, which is no regex: {error}") from None
-    return ""
+            raise InputError(f"{where}: {name} has {key!r}, which is no regex: {error}") from None
+        if found:
+            return _number(pattern, key, where, kind, f"{name}[{key!r}]")
+    return None
 
 
 def _kept(pattern: Mapping[str, Any], module: str, rank: int, left: int, where: str) -> np.ndarray:
@@ -317,11 +336,14 @@ def _same_layers(targets: str, adapter: Adapter, depth: int) -> bool:
         return False
 
 
-def insert(built: run.Built, adapter: Adapter, classes: tuple[str, ...]) -> tuple[run.Built, bool]:
-    """Puts an adapter in the place of a fresh one, and its head where it is one for `classes`; says whether that came too.
+def insert(built: run.Built, adapter: Adapter, classes: tuple[str, ...]) -> tuple[run.Built, str]:
+    """Puts an adapter in the place of a fresh one, and its head where it is one for `classes`.
 
     Where the names of the head's classes are not known, their number decides. Triplets that AdaLoRA has pruned get a singular
     value of zero, beside fresh vectors.
+
+    Returns:
+        The program with it, and why the head is a fresh one; '' where it came along.
 
     Raises:
         InputError: The adapter belongs to a model of another size.
@@ -343,10 +365,26 @@ def insert(built: run.Built, adapter: Adapter, classes: tuple[str, ...]) -> tupl
             new[name] = array
     head = head_for(adapter, classes)
     heads = {name: leaf.shape for name, leaf in leaves.items() if name.startswith("params/head")}
-    if {name: array.shape for name, array in head.items()} != heads:
-        head = {}
+    shapes = {name: array.shape for name, array in head.items()}
+    why = ""
+    if not adapter.head:
+        why = "none is saved with it"
+    elif not head:
+        size = adapter.head.get("head/bias", np.zeros(0)).size
+        why = f"its own is for {', '.join(adapter.classes) or f'{size} classes'}, this one for {', '.join(classes)}"
+    elif shapes != heads:
+        head, why = {}, f"its own has shapes {shapes}, this one {heads}"
     placed = tree.flatten(built.program.layout.put(tree.unflatten({**new, **head})))
-    return replace(built, trainable=tree.unflatten({**leaves, **placed})), bool(head)
+    return replace(built, trainable=tree.unflatten({**leaves, **placed})), why
+
+
+def other_base(adapter: Adapter, weights: run.Weights) -> str:
+    """What to know where an adapter names another base than that of a run; '' where it names that, or none."""
+    named = Path(adapter.base).expanduser()
+    mine = pretrained.BUNDLED if weights.source == "bundled" else Path(weights.source)
+    if not adapter.base or adapter.base == weights.source or named.resolve() == mine.resolve():
+        return ""
+    return f"the adapter says that its base is {adapter.base}, and that of this run is {weights.source}"
 
 
 def head_for(adapter: Adapter, classes: tuple[str, ...]) -> dict[str, np.ndarray]:

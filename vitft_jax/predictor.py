@@ -1,22 +1,24 @@
-"""A trained run, ready for images that it has not seen: ``vitft_jax.load(RUN).predict(images)``.
+"""A trained run or an export, ready for images that it has not seen: ``vitft_jax.load(RUN).predict(images)``.
 
 Images go the way that they went in evaluation, through the same compiled step and in batches of the same shape, so what is
 said of an image does not depend on who asks. The folder of the run and its base weights are enough; its data need not be there.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image, ImageOps
 
 from vitft_jax import config as configs
-from vitft_jax import data, decision, exported, run, step, tree
+from vitft_jax import data, decision, exported, peft, run, step, tree
 from vitft_jax.decision import Decision
-from vitft_jax.errors import InputError
+from vitft_jax.errors import InputError, nearest
+from vitft_jax.exported import About
 
 
 @dataclass(frozen=True)
@@ -34,39 +36,33 @@ class Prediction:
     labels: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True, eq=False)
 class Predictor:
-    """The best model of a run.
+    """The best model of a run, or an exported one.
 
     Attributes:
         classes: Names of the columns of the probabilities.
         multilabel: Whether an image has several labels.
-        program: What computes.
-        variables: Of its model.
-        decision: How logits are read: the temperature and thresholds of the run.
+        decision: How logits are read: the temperature and thresholds.
+        step: Of the checkpoint.
         image_size: Side of the model's input in pixels.
         fit: How an image becomes that square, see `data.resize`.
-        batch_size: Images that the model sees at once; each new value compiles anew.
-        step: Of the checkpoint.
+        batch_size: Images that the model sees at once.
+        answer: Probabilities `(batch_size, C)` of inputs uint8 `(batch_size, S, S, 3)`.
+        program: What computes; None where that is a compiled program.
+        variables: Of its model; None likewise.
     """
 
-    def __init__(self, config: Any, built: run.Built, trainable: Any, task: run.Task, how: Decision, at: int) -> None:
-        """Takes what `load` read."""
-        self._built, self._trainable = built, trainable
-        self.fit = config.data.fit
-        self.classes, self.multilabel = task.classes, task.multilabel
-        self.decision, self.step = how, at
-        self.image_size = config.data.image_size
-        self.batch_size = built.program.layout.rows(config.train.batch_size)
-
-    @property
-    def program(self) -> step.Program:
-        """See the attributes."""
-        return self._built.program
-
-    @property
-    def variables(self) -> tree.Tree:
-        """See the attributes."""
-        return tree.join(self._trainable, self._built.frozen)
+    classes: tuple[str, ...]
+    multilabel: bool
+    decision: Decision
+    step: int
+    image_size: int
+    fit: str
+    batch_size: int
+    answer: Callable[[np.ndarray], np.ndarray]
+    program: step.Program | None = None
+    variables: tree.Tree | None = None
 
     @property
     def max_side(self) -> int:
@@ -95,15 +91,14 @@ class Predictor:
 
     def probabilities(self, inputs: np.ndarray) -> np.ndarray:
         """Probabilities `(n, C)` of model inputs uint8 `(n, S, S, 3)`; the last batch is filled up with black."""
-        size, frozen = self.batch_size, self._built.frozen
-        logits = [np.zeros((0, len(self.classes)), np.float32)]
+        size = self.batch_size
+        parts = [np.zeros((0, len(self.classes)))]
         for start in range(0, len(inputs), size):
             rows = inputs[start : start + size]
             batch = np.zeros((size, *inputs.shape[1:]), np.uint8)
             batch[: len(rows)] = rows
-            said = step.eval_step(self._trainable, frozen, self.program.layout.batch(batch), program=self.program)
-            logits.append(np.asarray(said)[: len(rows)])
-        return self.decision.probabilities(np.concatenate(logits), self.multilabel)
+            parts.append(self.answer(batch)[: len(rows)])
+        return np.concatenate(parts)
 
     def decide(self, probabilities: np.ndarray) -> np.ndarray:
         """Decisions of probabilities `(n, C)`, as in `Prediction`."""
@@ -142,31 +137,133 @@ class Predictor:
 
 
 def load(workdir: Path) -> Predictor:
-    """The best model of a run, from its folder and its base weights alone; or one that was exported for transformers or timm.
+    """The best model of a run, from its folder and its base weights alone; or one that `vitft_jax.export` wrote.
+
+    Of an adapter (format 'peft') the base weights must be where they were. An ONNX file is run by ONNX Runtime.
 
     Raises:
-        InputError: As `run.best`; or another export is there.
+        InputError: As `run.best`; or an export is damaged, its base is another one now, or onnxruntime is missing.
     """
     if (workdir / exported.FILE).is_file() and not run.Folder(workdir).exists:
-        return _load_exported(workdir)
+        about = exported.read(workdir)
+        if about.format not in _OPENERS:
+            raise InputError(
+                f"{workdir / exported.FILE}: format {about.format!r} is unknown; {nearest(about.format, _OPENERS)}"
+            )
+        return _OPENERS[about.format](workdir, about)
     best = run.best(workdir)
-    return Predictor(best.config, best.built, best.trainable, best.task, decision.read(workdir), best.step)
+    return of_model(best.config, best.built, best.trainable, best.task, decision.read(workdir), best.step)
 
 
-def _load_exported(folder: Path) -> Predictor:
-    about = exported.read(folder)
-    if about.format not in exported.WHOLE_MODELS:
+def of_model(
+    config: configs.Config, built: run.Built, trainable: tree.Tree, task: run.Task, how: Decision, at: int
+) -> Predictor:
+    """A model of ours; each new `config.train.batch_size` compiles anew."""
+    program = built.program
+
+    def answer(batch: np.ndarray) -> np.ndarray:
+        logits = step.eval_step(trainable, built.frozen, program.layout.batch(batch), program=program)
+        return how.probabilities(np.asarray(logits), task.multilabel)
+
+    return Predictor(
+        classes=task.classes,
+        multilabel=task.multilabel,
+        decision=how,
+        step=at,
+        image_size=config.data.image_size,
+        fit=config.data.fit,
+        batch_size=program.layout.rows(config.train.batch_size),
+        answer=answer,
+        program=program,
+        variables=tree.join(trainable, built.frozen),
+    )
+
+
+def _whole(folder: Path, about: About) -> Predictor:
+    """A whole model in the files of transformers or timm."""
+    config, built, task = _built(_config(about, str(folder)), about)
+    return of_model(config, built, built.trainable, task, about.decision, about.step)
+
+
+def _adapter(folder: Path, about: About) -> Predictor:
+    """An adapter, on the base that it was trained on."""
+    source, revision = (about.base.get(key, "") for key in ("source", "revision"))
+    adapter = peft.read(folder)
+    config = _config(about, source, revision)
+    config.methods, config.init_adapter = (adapter.method,), str(folder)
+    config.adalora.target_r = 1  # of training; any that is no higher than the adapter's rank
+    config, built, task = _built(config, about)
+    if built.weights.sha256 != about.base.get("sha256"):
         raise InputError(
-            f"{folder}: is an export in the format {about.format!r}, which other programs read; give the run, or an export "
-            f"in the format {' or '.join(exported.WHOLE_MODELS)}"
+            f"{folder}: its base {source} has other weights than when it was exported; restore them, or load the run"
         )
+    built, no_head = peft.insert(built, adapter, about.classes)
+    if no_head:
+        raise InputError(f"{folder}: without its head ({no_head}); export the run again")
+    return of_model(config, built, built.trainable, task, about.decision, about.step)
+
+
+def _config(about: About, source: str, revision: str = "") -> configs.Config:
+    """A config of ours with such weights, for what an export says of itself."""
     config = configs.default()
-    config.model.pretrained = str(folder)
+    config.model.update(pretrained=source, revision=revision)
     config.data.update(image_size=about.image_size, fit=about.fit)
-    config, source = run.resolve(config)
+    return config
+
+
+def _built(config: configs.Config, about: About) -> tuple[configs.Config, run.Built, run.Task]:
+    """The program of such a config, with what its weights determine filled in."""
+    config, weights = run.resolve(config)
+    config, _ = peft.resolve(config, weights)
     task = run.Task(about.classes, about.multilabel, total_steps=1)
-    built = run.build_for(config, task, replace(source, mean=about.mean, std=about.std))
-    return Predictor(config, built, built.trainable, task, about.decision, about.step)
+    return config, run.build_for(config, task, replace(weights, mean=about.mean, std=about.std)), task
+
+
+def _program(folder: Path, about: About) -> Predictor:
+    """A StableHLO module."""
+    from jax import export
+
+    module = _opened(folder / "model.jax", lambda file: export.deserialize(bytearray(file.read_bytes())))
+    call = jax.jit(module.call)
+    return _compiled(about, lambda batch: np.asarray(call(batch)))
+
+
+def _graph(folder: Path, about: About) -> Predictor:
+    """An ONNX graph."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        raise InputError(f"{folder}: ONNX files need ONNX Runtime: pip install onnxruntime") from None
+    session = _opened(
+        folder / "model.onnx",
+        lambda file: onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]),
+    )
+    return _compiled(about, lambda batch: session.run(["probabilities"], {"images": batch})[0])
+
+
+def _opened(file: Path, read: Callable[[Path], Any]) -> Any:
+    if not file.is_file():
+        raise InputError(f"{file}: is missing; export the run again")
+    try:
+        return read(file)
+    except Exception as error:  # whatever a library makes of a damaged file
+        raise InputError(f"{file}: cannot be read ({error}); export the run again") from error
+
+
+def _compiled(about: About, answer: Callable[[np.ndarray], np.ndarray]) -> Predictor:
+    return Predictor(
+        classes=about.classes,
+        multilabel=about.multilabel,
+        decision=about.decision,
+        step=about.step,
+        image_size=about.image_size,
+        fit=about.fit,
+        batch_size=configs.default().train.batch_size,
+        answer=answer,
+    )
+
+
+_OPENERS = {"hf": _whole, "timm": _whole, "peft": _adapter, "stablehlo": _program, "onnx": _graph}
 
 
 def _describe(value: Any) -> str:

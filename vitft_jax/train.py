@@ -75,8 +75,10 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     built = run.build(config, dataset, source)
     del source  # the base in float, of which an int8 base needs nothing any more
     if adapter is not None:
-        built, with_head = peft.insert(built, adapter, dataset.classes)
-        print(f"starts from the adapter {adapter.source}{'' if with_head else ', with a fresh head'}", flush=True)
+        built, fresh = peft.insert(built, adapter, dataset.classes)
+        print(f"starts from the adapter {adapter.source}{fresh and f', with a fresh head: {fresh}'}", flush=True)
+        if other := peft.other_base(adapter, built.weights):
+            print(f"note: {other}", flush=True)
     layout = built.program.layout
     layout.check_batch(config.train.batch_size, config.train.accumulate)
     part, parts = layout.reader

@@ -1,20 +1,25 @@
 """The command export and what `vitft_jax.load` makes of its folders, on runs that were never trained."""
 
 import json
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import exports
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import vitft_jax
-from vitft_jax import exported, peft, run, tree
+from vitft_jax import decision, exported, hf_names, peft, predictor, run, tree
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
 from vitft_jax.export import Options, export, hugging_face
+from vitft_jax.export import peft as peft_export
 from vitft_jax.export.__main__ import main
+from vitft_jax.methods import lora
 
 SKIP = {"skip.layers": (0,), "skip.drop_ratio": (0.5,)}
 
@@ -29,20 +34,17 @@ def root(image_folder, tmp_path_factory):
         config = exports.config_for(image_folder, changes.pop("base", base), method, **changes)
         exports.hand_made(root / name, config, how)
 
-    shutil.copytree(image_folder, root / "images")
-    rows = ["path,deep,bright"]
-    for file in sorted(image_folder.rglob("*.png")):
-        name = file.relative_to(image_folder).as_posix()
-        rows.append(f"{name},{int(not name.startswith('light'))},{int(not name.startswith('dark'))}")
-    (root / "images" / "labels.csv").write_text("\n".join(rows) + "\n")
     made("lora", "lora")
-    several = {"data.path": str(root / "images"), "data.table": "labels.csv", "data.labels": ("deep", "bright")}
+    several = exports.several_labels(root / "images", image_folder)
     made("several", "lora", Decision(0.7, (0.3, 0.6)), **several)
     made("skip", ("lora", "skip"), **SKIP)
     made("int8", ("quant", "lora"), **{"quant.base": "int8"})
     made("probe")
+    for method in ("dora", "adalora", "pissa"):
+        made(method, method, Decision(1.5), **{"data.fit": "crop"})
     made("norms", "lora", **{"train.trainable": "^(head|norm)"})
     made("mean", "lora", **{"model.features": "mean"})
+    made("both", "lora", **{"model.features": "cls+mean"})
     made("second", "lora", base=root / "lora")
     return root
 
@@ -55,8 +57,18 @@ def says(folder, pictures):
     return vitft_jax.load(folder).predict(pictures)
 
 
-@pytest.mark.parametrize(("name", "format"), [("lora", "hf"), ("several", "timm"), ("mean", "hf"), ("second", "hf")])
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        ("lora", "hf"), ("several", "timm"), ("mean", "hf"), ("second", "hf"),
+        ("lora", "peft"), ("several", "peft"), ("dora", "peft"), ("adalora", "peft"), ("pissa", "peft"),
+        ("several", "stablehlo"), ("skip", "stablehlo"), ("several", "onnx"), ("skip", "onnx"),
+    ],
+)  # fmt: skip
 def test_what_was_exported_says_what_the_run_says(root, image_folder, tmp_path, name, format):
+    if format == "onnx":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
     export(root / name, tmp_path / "out", format)
     ours, theirs = (says(folder, images(image_folder)) for folder in (root / name, tmp_path / "out"))
     assert ours.probabilities.std() > 0.05
@@ -97,8 +109,8 @@ def test_a_model_without_skipping_is_the_run_without_skipping(root, image_folder
     config = best.config.copy_and_resolve_references()
     config.methods = ("lora",)
     plain = run.build_for(config, best.task, run.resolve(config)[1])
-    models = [vitft_jax.load(folder) for folder in (tmp_path / "hf", root / "skip", root / "skip")]
-    models[1]._built = plain
+    without = predictor.of_model(config, plain, best.trainable, best.task, decision.read(root / "skip"), best.step)
+    models = [vitft_jax.load(tmp_path / "hf"), without, vitft_jax.load(root / "skip")]
     found, expected, other = (model.predict(images(image_folder)).probabilities for model in models)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(found - other).max() > 1e-3
@@ -117,12 +129,14 @@ def test_an_int8_run_without_quantisation_has_its_kernels_in_float(root, tmp_pat
 
 
 REFUSED = [
-    ("skip", "hf", {}, "computes with 'skip', which --format hf cannot express"),
+    ("skip", "hf", {}, "computes with 'skip', which --format hf cannot express. Use --format onnx or stablehlo"),
     ("skip", "peft", {}, "computes with 'skip', which --format peft cannot express"),
     ("int8", "timm", {}, "computes with 'quant', which --format timm cannot express"),
     ("lora", "hf", {"without": ("skip",)}, "--without skip: this run does not compute with it"),
     ("lora", "hf", {"without": ("lora",)}, "--without lora: choose one of quant, skip"),
     ("lora", "peft", {"naming": "hf3"}, "--naming hf3: did you mean"),
+    ("lora", "hf", {"naming": "hf4"}, "--naming hf4: is for --format peft"),
+    ("both", "timm", {}, "timm's ViT reads cls or mean, not 'cls+mean'; use --format hf or stablehlo"),
     ("lora", "onxx", {}, "--format onxx: "),
     ("probe", "peft", {}, "has no adapter"),
     ("norms", "peft", {}, "trains norm/bias too"),
@@ -156,22 +170,70 @@ def test_whatever_fails_leaves_nothing_behind_and_nothing_is_written_over(root, 
         export(root / "lora", tmp_path / "out" / "config.json" / "deep", "hf")
     with pytest.raises(InputError, match="exists already and is not empty"):
         export(root / "lora", tmp_path / "out", "timm")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match=r"--output \.: is the folder that you are in"):
+        export(root / "lora", Path("."), "hf")
     assert before == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
 
 
-def test_load_opens_whole_models_alone(root, tmp_path):
-    export(root / "lora", tmp_path / "peft", "peft")
-    with pytest.raises(InputError, match="an export in the format 'peft'"):
-        vitft_jax.load(tmp_path / "peft")
-    (tmp_path / "bad").mkdir()
+def test_load_refuses_what_is_damaged_or_has_another_base(root, tmp_path):
+    folder = tmp_path / "bad"
+    folder.mkdir()
     for text in ("{", "[]", "{}", json.dumps({**exports.about().__dict__, "mean": [0.5]})):
-        (tmp_path / "bad" / exported.FILE).write_text(text)
+        (folder / exported.FILE).write_text(text)
         with pytest.raises(InputError, match=exported.FILE):
-            vitft_jax.load(tmp_path / "bad")
+            vitft_jax.load(folder)
+    exported.write(folder, exports.about(format="onxx"))
+    with pytest.raises(InputError, match=r"format 'onxx' is unknown; did you mean 'onnx'"):
+        vitft_jax.load(folder)
+    exported.write(folder, exports.about(format="stablehlo"))
+    with pytest.raises(InputError, match=r"model\.jax: is missing; export the run again"):
+        vitft_jax.load(folder)
+    (folder / "model.jax").write_bytes(b"\x00damaged")
+    with pytest.raises(InputError, match=r"model\.jax: cannot be read"):
+        vitft_jax.load(folder)
+
+
+def test_load_puts_an_adapter_on_its_own_base_alone(root, tmp_path):
+    base = shutil.copytree(root / "base", tmp_path / "base")
+    config = run.Folder(root / "lora").config()
+    config.model.pretrained = str(base)
+    exports.hand_made(tmp_path / "run", config)
+    export(tmp_path / "run", tmp_path / "peft", "peft")
+    vitft_jax.load(tmp_path / "peft")
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, base / "model.safetensors")
+    with pytest.raises(InputError, match="has other weights than when it was exported"):
+        vitft_jax.load(tmp_path / "peft")
+    shutil.rmtree(base)
+    with pytest.raises(InputError, match="base"):
+        vitft_jax.load(tmp_path / "peft")
+
+
+def test_an_onnx_file_needs_onnx_runtime(tmp_path, monkeypatch):
+    exported.write(tmp_path, exports.about(format="onnx"))
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(InputError, match="pip install onnxruntime"):
+        vitft_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "targets", [*lora.TARGETS.values(), "mlp/fc2", "attn/out", "mlp", "blocks_1/attn", "blocks_0/mlp/fc2"]
+)
+@pytest.mark.parametrize("scheme", hf_names.SCHEMES)
+@pytest.mark.parametrize("family", hf_names.FAMILIES)
+def test_target_modules_are_those_that_peft_finds(family, scheme, targets):
+    layers = hf_names.layers(family, scheme, 12)
+    adapted = {name for path, name in layers.items() if re.search(targets, path)}
+    ends = peft_export.targets(sorted(adapted), list(layers.values()))
+    others = ["classifier", "cls_classifier", f"{family}.embeddings.patch_embeddings.projection"]
+    found = {m for m in [*layers.values(), *others] if any(f".{m}".endswith(f".{end}") for end in ends)}
+    assert found == adapted
 
 
 @pytest.mark.parametrize("scheme", ["hf5", "hf4"])
-def test_an_adapter_says_what_it_needs(root, tmp_path, scheme):
+def test_an_adapter_says_what_it_needs(root, image_folder, tmp_path, scheme):
     notes = export(root / "lora", tmp_path / "peft", "peft", Options(naming=scheme))
     assert "divide them by 1.5000" in " ".join(notes)
     config = json.loads((tmp_path / "peft" / peft.CONFIG).read_text())
@@ -186,6 +248,6 @@ def test_an_adapter_says_what_it_needs(root, tmp_path, scheme):
     # Transformers 4 calls its modules as its files of weights do.
     if scheme == "hf4":
         assert {f"{module}.weight" for module in modules} < set(load_file(root / "base" / "model.safetensors"))
+        ours, theirs = (says(folder, images(image_folder)) for folder in (root / "lora", tmp_path / "peft"))
+        np.testing.assert_allclose(theirs.probabilities, ours.probabilities, atol=1e-5)
     assert len(modules) == 4
-    for name in modules:
-        assert any(name.endswith(f".{end}") for end in config["target_modules"])

@@ -115,7 +115,9 @@ def test_logits_are_those_of_the_oracle_in_every_layer(changes):
         values, scale = quantizer.quantise_kernel(kernel, changes.get("bits", 8))
         if changes.get("weight_only"):
             return x @ (values * scale)
-        x_scale = jnp.abs(x).max(-1, keepdims=True) * (1 / 127.5)  # in the order of `quantizer`: a rounding turns an integer
+        x_scale = jnp.abs(x).max(-1, keepdims=True) * (
+            1 / 127.5
+        )  # in the order of `quantizer`: a rounding turns an integer
         return jnp.round(x * (1 / x_scale)).clip(-127, 127) @ values.astype(jnp.float32) * x_scale * scale
 
     expected = tiny(dot_general_cls=lambda: dot).apply({"params": params}, IMAGES)

@@ -26,6 +26,10 @@ def export(workdir: Path, output: Path, format: str, options: Options | None = N
     options = options or Options()
     if format not in FORMATS:
         raise InputError(f"--format {format}: {nearest(format, FORMATS)}")
+    if options.naming and format != "peft":
+        raise InputError(f"--naming {options.naming}: is for --format peft; leave the flag away")
+    if output.resolve() == Path.cwd():
+        raise InputError(f"--output {output}: is the folder that you are in; give the name of a new one")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"--output {output}: exists already and is not empty; choose another, or delete it")
     if file := next((path for path in output.absolute().parents if path.exists() and not path.is_dir()), None):

@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments.add_argument(
         "--naming",
-        default=hf_names.SCHEMES[0],
-        help="peft: module names of transformers 5 (hf5) or 4 (hf4) (default: %(default)s)",
+        default="",
+        help=f"peft: module names of transformers 5 (hf5) or 4 (hf4) (default: {hf_names.SCHEMES[0]})",
     )
     flags = arguments.parse_args(argv)
     notes = export(flags.workdir, flags.output, flags.format, Options(tuple(flags.without), flags.naming))

@@ -16,6 +16,11 @@ from vitft_jax.methods import quant
 
 FILE = "model.onnx"
 _MOST = 2**31 - 2**20  # bytes of a file of protocol buffers, with room for the nodes
+_RESIZE = {
+    "squash": "the whole image, whatever its shape",
+    "crop": "the largest square in its middle",
+    "pad": "the whole image in its shape, centred on black",
+}
 
 
 def write(source: Source, folder: Path, options: Options) -> list[str]:
@@ -45,6 +50,8 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     model = source.model.clone(select=None if "skip" in source.without else program.model.select)
     said = asdict(about) | {
         "input": f"{onnx_graph.INPUT}: uint8 (batch, {size}, {size}, 3), RGB, rows from the top; normalised inside",
+        "preprocessing": f"8-bit RGB resized to {size} by {size} pixels, bicubic and antialiased as PIL does it, "
+        f"fit {about.fit!r}: {_RESIZE[about.fit]}. `vitft_jax.load(FOLDER).prepare(image)` does that",
         "outputs": "logits, and probabilities after the temperature; float32 (batch, classes)",
     }
     proto = onnx_graph.build(
@@ -59,5 +66,11 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
         metadata=said,
     )
     (folder / FILE).write_bytes(proto.SerializeToString())
-    exported.write(folder, about, file=FILE, opset=onnx_graph.OPSET, input=said["input"], outputs=said["outputs"])
+    exported.write(
+        folder,
+        about,
+        file=FILE,
+        opset=onnx_graph.OPSET,
+        **{key: said[key] for key in ("input", "preprocessing", "outputs")},
+    )
     return source.notes()

@@ -30,13 +30,14 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
         InputError: The run has no adapter, trains more than that and the head, or computes with another method; or its base
             is no model of transformers.
     """
-    if options.naming not in hf_names.SCHEMES:
-        raise InputError(f"--naming {options.naming}: {nearest(options.naming, hf_names.SCHEMES)}")
+    naming = options.naming or hf_names.SCHEMES[0]
+    if naming not in hf_names.SCHEMES:
+        raise InputError(f"--naming {naming}: {nearest(naming, hf_names.SCHEMES)}")
     source.refuse_methods("peft")
     write_adapter = _writer(source)
     model = source.architecture
     family = _family(source, model)
-    modules = hf_names.layers(family, options.naming, model["depth"])
+    modules = hf_names.layers(family, naming, model["depth"])
     config, tensors = write_adapter(source, modules)
     _check_only_heads(source)
     heads = hf_names.heads(model)
@@ -65,8 +66,8 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     prefixed = {PREFIX + name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
     save_file(prefixed, folder / TENSORS, metadata={"format": "pt"})
     about = source.about("peft", calibrated=False)
-    exported.write(folder, about, naming=options.naming)
-    notes = [*source.notes(), f"module names are those of transformers {options.naming[-1]}"]
+    exported.write(folder, about, naming=naming)
+    notes = [*source.notes(), f"module names are those of transformers {naming[-1]}"]
     if about.temperature != 1:
         notes.append(
             f"logits are those before the run's temperature: divide them by {about.temperature:.4f} for its probabilities"

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vitft_jax import decision, hf_names, run, tree
+from vitft_jax import decision, run, tree
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.exported import About
@@ -24,11 +24,11 @@ class Options:
 
     Attributes:
         without: Methods of `LEAVABLE` to leave out of the exported model.
-        naming: Of PEFT's modules, one of `hf_names.SCHEMES`.
+        naming: Of PEFT's modules, one of `hf_names.SCHEMES`; '' = the first.
     """
 
     without: tuple[str, ...] = ()
-    naming: str = hf_names.SCHEMES[0]
+    naming: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Source:
             if name in LEAVABLE and name not in self.without:
                 raise InputError(
                     f"--workdir {self.workdir}: computes with {name!r}, which --format {format} cannot express. Use --format "
-                    f"stablehlo, which keeps it, or --without {name} for a model whose answers differ from the run's"
+                    f"onnx or stablehlo, which keep it, or --without {name} for a model whose answers differ from the run's"
                 )
 
     def about(self, format: str, calibrated: bool = True) -> About:

@@ -1,6 +1,7 @@
 """Graphs of tiny models in ONNX Runtime against the models themselves."""
 
 import json
+import sys
 from functools import partial
 
 import exports
@@ -13,14 +14,16 @@ from support import init, tiny
 
 import vitft_jax
 from vitft_jax import quantizer, tree
+from vitft_jax.data import images
 from vitft_jax.errors import InputError
 from vitft_jax.export import Options as ExportOptions
 from vitft_jax.export import export, onnx_graph
+from vitft_jax.export import onnx as onnx_export
 from vitft_jax.methods import quant
 from vitft_jax.methods.skip import Skip, Split
+from vitft_jax.ptq.recipe import Recipe
 from vitft_jax.quantize import Options, quantize
 
-pytestmark = pytest.mark.interop
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -127,30 +130,71 @@ def root(image_folder, tmp_path_factory):
         ("qat", ("quant", "lora"), {}),
     ):
         exports.hand_made(root / name, exports.config_for(image_folder, base, methods, **more))
-    quantize(root / "skip", root / "int8", Options(sensitivity_images=0))
+    for name, options in INT8.items():
+        quantize(root / "skip", root / name, Options(sensitivity_images=0, **options))
     return root
 
 
-@pytest.mark.parametrize(("name", "left_out"), [("lora", ()), ("skip", ()), ("skip", ("skip",)), ("int8", ())], ids=str)
+INT8 = {
+    "int8": {},
+    "int8 static": {"recipe": Recipe(static="mse")},
+    "int8 mixed": {"skip_layers": "^(embed|head)|blocks_1|blocks_0/attn/key"},
+    "int4": {"bits": 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [("lora", ()), ("skip", ()), ("skip", ("skip",)), *((name, ()) for name in INT8)],
+    ids=str,
+)
 def test_what_the_command_writes_says_what_the_run_says(root, image_folder, tmp_path, name, left_out):
     notes = export(root / name, tmp_path / "out", "onnx", ExportOptions(left_out))
     assert bool(notes) == bool(left_out)
     model = vitft_jax.load(root / name)
     inputs = np.stack([model.prepare(Image.open(file)) for file in sorted(image_folder.rglob("*.png"))])
+    proto = onnx.load(tmp_path / "out" / "model.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    integers = [
+        t.name for t in proto.graph.initializer if t.name.endswith("/kernel") and t.data_type == onnx.TensorProto.INT8
+    ]
+    wanted = {"lora": 0, "skip": 0, "int8 mixed": 9}.get(name, 12)
+    assert len(integers) == wanted, integers
     run = ort.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
     _, p = run.run(None, {"images": inputs})
     apart = np.abs(p - model.probabilities(inputs)).max()
-    assert apart < (1e-3 if name == "int8" else 1e-5) or left_out  # an integer may turn over
+    assert apart < (1e-3 if name in INT8 else 1e-5) or left_out  # an integer may turn over
     assert apart > 1e-3 or not left_out
     about = run.get_modelmeta().custom_metadata_map
     assert json.loads(about["classes"]) == ["dark", "grey", "light"]
     assert json.loads(about["left_out"]) == list(left_out)
+    said = json.loads(about["preprocessing"])
+    assert said.startswith("8-bit RGB resized to 16 by 16 pixels, bicubic and antialiased as PIL does it, fit 'squash'")
+    assert json.loads((tmp_path / "out" / "vitft_jax.json").read_text())["preprocessing"] == said
     assert "InferenceSession" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_run_that_only_trains_in_int8_is_to_be_quantised_first(root, tmp_path):
     with pytest.raises(InputError, match=r"vitft_jax.quantize --workdir .*qat --output .*qat_int8"):
         export(root / "qat", tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_way_to_fit_an_image_is_explained():
+    assert set(onnx_export._RESIZE) == set(images.FITS)
+
+
+def test_what_an_onnx_file_cannot_hold_is_refused(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "_MOST", 40_000)
+    with pytest.raises(InputError, match="more than the 2 GB that an ONNX file can hold; quantise it first"):
+        export(root / "lora", tmp_path / "out", "onnx")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_package_onnx_may_be_missing(root, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(InputError, match=r"pip install 'vitft_jax\[onnx\]'"):
+        export(root / "lora", tmp_path / "out", "onnx")
     assert not (tmp_path / "out").exists()
 
 
