@@ -63,4 +63,6 @@ def _bootstrap(
         return {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
 
     groups = [group for one in read for group in one.groups]
-    return bootstrap.bootstrap(mean, groups, metrics.RESAMPLES, difference=difference)
+    shares = [name for name in metrics.names(read[0].multilabel) if name not in metrics.CALIBRATED]
+    ranges = dict.fromkeys(shares, (-1.0, 1.0) if difference else (0.0, 1.0))
+    return bootstrap.bootstrap(mean, groups, metrics.RESAMPLES, ranges=ranges, difference=difference)

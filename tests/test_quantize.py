@@ -118,7 +118,8 @@ def test_a_run_becomes_an_int8_run_that_needs_no_other_weights(trained, tmp_path
     assert summary["bytes"]["float32"] == 4 * (kernels + others)
     on_disk = sum(f.stat().st_size for f in (output / "checkpoints").rglob("*") if f.is_file())
     assert tree.nbytes(variables) < on_disk == summary["bytes"]["checkpoint"]
-    assert on_disk < 1.1 * tree.nbytes(variables) + 48 * 2**10  # for Orbax; float kernels would be 64 KiB more
+    # Orbax writes a KiB or so about each array; float kernels would be 64 KiB more.
+    assert on_disk < tree.nbytes(variables) + 1.3 * 2**10 * len(jax.tree.leaves(variables))
     compiled = step.eval_step.lower(variables, {}, np.zeros((6, 16, 16, 3), np.uint8), program=program).compile()
     assert len(integer_dots(compiled)) == 12
 

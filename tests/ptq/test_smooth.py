@@ -145,7 +145,7 @@ def best_alphas(params, seen, settings, static):
     ("settings", "static", "others", "others_static"),
     [
         (quant.Settings(), "", quant.Settings(static=True), "max"),
-        (quant.Settings(bits=4, weight_only=True), "", quant.Settings(bits=4), ""),
+        (quant.Settings(weight_only=True), "", quant.Settings(), ""),
         (quant.Settings(static=True), "99", quant.Settings(static=True), "max"),
         (quant.Settings(skip_layers="^(embed|head)|query|key|blocks_1/attn/out"), "", quant.Settings(), ""),
     ],
