@@ -1,6 +1,7 @@
 """Several runs on one page: the numbers of compare, and no differences where there can be none."""
 
 import json
+import re
 
 import folders
 import pytest
@@ -52,6 +53,22 @@ def test_other_images_are_shown_without_differences(tmp_path):
     value = json.loads((b / "summary.json").read_text())["metrics"]["test"]["auroc"]["value"]
     assert f"{value:.3f}" in parsed.text
     assert "different machines: do not compare their speeds" in parsed.text
+
+
+def test_what_makes_results_look_better_is_said_with_its_runs(tmp_path):
+    a, b, c = (folders.write(tmp_path / x, duplicates_across_splits={"exact": 2, "near": 3}) for x in "abc")
+    assert "Runs A, B, C: Pairs of images in different splits: 2 the same, 3 nearly the same." in rendered(a, b, c).text
+    for path in (b, c):
+        summary = json.loads((path / "summary.json").read_text())
+        summary["duplicates_across_splits"] = {"exact": 0, "near": 0}
+        (path / "summary.json").write_text(json.dumps(summary))
+    assert "Run A: Pairs of images in different splits" in rendered(a, b, c).text
+    parsed = rendered(b, c)
+    assert not [a for a in parsed.all("div") if a.get("class") == "box warn"]
+    for path in (b, c):
+        table = (path / "split.csv").read_text()
+        (path / "split.csv").write_text(re.sub(r"(images/(\d+)\.png,\w+),g\d+", r"\1,g\2", table))
+    assert "Runs B, C: Every image is a group of its own." in rendered(a, b, c).text
 
 
 def test_what_cannot_stand_on_one_page(tmp_path):

@@ -47,6 +47,8 @@ def test_overrides_take_the_type_of_the_default(file):
         ("dtype=float16", "dtype='float16': one of 'float32', 'bfloat16'"),
         ("data.fit=stretch", "data.fit='stretch': one of 'squash', 'crop', 'pad'"),
         ("train.batch_size=0", "train.batch_size=0: at least 1"),
+        ("figures.count=61", "figures.count=61: at most 60"),
+        (f"figures.names={','.join('a' * 61)}", "figures.names: 61 images; at most 60"),
         ("train.warmup=1.5", "train.warmup=1.5: at least 0 and below 1"),
         ("train.accumulate=3", "does not divide into train.accumulate=3"),
         ("train.epochs=0", "both 0"),

@@ -16,7 +16,7 @@ from support import lines
 from vitft_jax import config as configs
 from vitft_jax import data, evaluate, metrics, model_card, run, train
 from vitft_jax.errors import InputError
-from vitft_jax.report import charts, examples, markup, page, record, results, words
+from vitft_jax.report import charts, comparison, examples, markup, page, record, results, words
 from vitft_jax.report.__main__ import main
 
 VOID = {"meta", "link", "img", "br"}
@@ -310,16 +310,39 @@ def test_thumbnails_are_small_and_a_missing_image_is_said(tmp_path, pictures):
     assert "it is not in the data any more" in Parsed(str(examples.gallery(p, [0], fewer))).text
 
 
-def test_without_images_there_is_no_name_of_a_file(tmp_path, pictures):
+def test_without_images_there_is_no_name_of_a_file_and_no_path(tmp_path, pictures):
     config = configs.default()
-    config.data.path, config.figures.names = "/nowhere", ("images/secret_1.png",)
+    config.data.path, config.figures.names = "/secret_place/scans", ("images/secret_1.png",)
+    config.data.table, config.model.pretrained = "/secret_place/table.csv", "/secret_place/vit"
+    config.init_adapter = "/secret_place/adapter"
     path = folders.write(tmp_path / "run", names=[f"images/secret_{i}.png" for i in range(180)], config=config)
+    outside = json.loads((path / "run.json").read_text())
+    outside["weights"]["source"] = "/secret_place/vit"
+    (path / "run.json").write_text(json.dumps(outside))
     (path / "figures").mkdir()
     Image.new("RGB", (64, 48)).save(path / "figures" / "patches.png")
-    assert "secret_" in page.render(record.read(path), pictures(path))
-    html = page.render(record.read(path), pictures(path), images=False)
+    found = record.read(path)
+    whole = page.render(found, pictures(path))
+    for secret in ("images/secret_1.png", *(f"/secret_place/{x}" for x in ("scans", "table.csv", "vit", "adapter"))):
+        assert secret in whole, secret
+    html = page.render(found, pictures(path), images=False)
     assert "secret_" not in html
     assert not checked(html).all("img")
+    assert "scans" in checked(html).text  # what the last part of a path says is no secret
+    both = [found, found]
+    assert "/secret_place/scans" in comparison.render(both)
+    assert "secret_" not in comparison.render(both, images=False)
+    assert "secret_" not in model_card.of(found)
+
+
+def test_an_id_on_the_hub_is_no_path(tmp_path):
+    config = configs.default()
+    config.model.pretrained = "someone/vit"
+    path = folders.write(tmp_path / "run", config=config)
+    outside = json.loads((path / "run.json").read_text())
+    outside["weights"] |= {"source": "someone/vit", "revision": "abc"}
+    (path / "run.json").write_text(json.dumps(outside))
+    assert "Base weights someone/vit revision abc" in rendered(path, images=False).text
 
 
 def test_the_surest_mistakes_come_first():
@@ -411,10 +434,10 @@ def test_training_and_evaluation_write_it_last_and_lose_nothing_where_it_fails(
     assert summary["duplicates_across_splits"] == {"exact": 0, "near": 0}
     assert "No image was found in two splits" in parsed.text
     assert (folder / "MODEL_CARD.md").exists()
+    assert "Metric test validation Accuracy" in parsed.text  # columns of the table
     (folder / "report.html").unlink()
     evaluate.evaluate(folder, "train")
-    assert "training 95 %" not in (folder / "report.html").read_text()
-    assert "test validation training" in checked((folder / "report.html").read_text()).text  # columns of the table
+    assert "Metric test validation training Accuracy" in checked((folder / "report.html").read_text()).text
     (folder / "report.html").unlink()
 
     def fails(*_, **__):
@@ -435,6 +458,10 @@ def test_the_command_makes_it_anew(tmp_path, capsys):
     assert {"report.html", "MODEL_CARD.md"} <= {file.name for file in path.iterdir()}
     main([str(path), "--output", str(tmp_path / "page.html"), "--no_images"])
     assert "left out on request" in checked((tmp_path / "page.html").read_text()).text
+    assert not (tmp_path / "MODEL_CARD.md").exists()  # two runs' pages may lie in one folder
+    (path / "MODEL_CARD.md").unlink()
+    main([str(path), "--output", str(path / "other.html")])
+    assert (path / "MODEL_CARD.md").exists()
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     assert "example:\n  python -m vitft_jax.report runs/lora\n" in capsys.readouterr().out
@@ -453,6 +480,19 @@ def test_damaged_files_are_named(tmp_path):
     (path / "predictions_test.csv").write_text("path\n")
     with pytest.raises(InputError, match=r"predictions_test\.csv: no table of predictions"):
         record.read(path)
+    (path / "predictions_test.csv").unlink()
+    log, split = path / "metrics.jsonl", path / "split.csv"
+    whole, table = log.read_bytes(), split.read_text()
+    log.write_bytes(b"\xff" + whole)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: no log"):
+        record.read(path)
+    log.write_bytes(whole[:-9])  # the last line was being written when the run was killed
+    assert len(record.read(path).log) == 5
+    for damaged in (b"", b"\n", table.encode() + b"\n", table[:-7].encode(), b"path\na.png\n", b"\xff", b"a\0b"):
+        split.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"split\.csv: no split as vitft_jax\.train writes it"):
+            record.read(path)
+    split.write_text(table)
     (path / "summary.json").write_text("{}")
     with pytest.raises(InputError, match=r"summary\.json"):
         record.read(path)

@@ -27,6 +27,9 @@ ON_RESUME = ("log.", *WHERE)
 AT_EVALUATION = ("methods", "skip.", "figures.", *WHERE)
 """Beginnings of the keys that change what is computed, not what was trained: a finished run can be evaluated with others."""
 
+MOST_FIGURES = 60
+"""Images in a figure: of more it would be too tall to open."""
+
 
 def default() -> Config:
     """Returns the defaults, locked: an unknown key is an error."""
@@ -129,7 +132,7 @@ def default() -> Config:
     s.warmup = 0.0  # share of the steps in which the kept share falls to its value, in 4 stairs; 0 = none
 
     c.figures = f = Config()  # pictures of what a method does, such as the patches that skip, in RUN/figures
-    f.count = 8  # images of the test split, evenly spread over it; 0 = none
+    f.count = 8  # images of the test split, evenly spread over it; 0 = none, at most 60
     f.names = ()  # these images instead, by their path in the data
 
     c.log = g = Config()  # where the numbers of training go besides RUN/metrics.jsonl, see loggers.py
@@ -252,13 +255,18 @@ def check(config: Config) -> None:
     for key, low in lowest.items():
         if values[key] < low:
             raise InputError(f"config key {key}={values[key]}: at least {low}")
-    for key, high in {
+    # Beyond is a slip of the hand, or of figures more than a picture can hold.
+    highest = {
         "data.image_size": 2**14,
         "train.batch_size": 2**20,
         "train.steps": 2**31 - 1,
-    }.items():  # beyond is a slip of the hand
+        "figures.count": MOST_FIGURES,
+    }
+    for key, high in highest.items():
         if values[key] > high:
             raise InputError(f"config key {key}={values[key]}: at most {high}")
+    if len(config.figures.names) > MOST_FIGURES:
+        raise InputError(f"config key figures.names: {len(config.figures.names)} images; at most {MOST_FIGURES}")
     for key in ("train.warmup", "train.label_smoothing", "data.val_fraction", "data.test_fraction"):
         if not 0 <= values[key] < 1:
             raise InputError(f"config key {key}={values[key]}: at least 0 and below 1")

@@ -188,7 +188,8 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
         for part, value in results.items():
             summary.setdefault(part, {})[split] = value
         report.write_json(folder.summary, summary)
-    figures.draw(path, built.program, trainable, built.frozen, dataset, config)
+    with report.optional(f"figures of {path}", "its results are whole"):
+        figures.draw(path, built.program, trainable, built.frozen, dataset, config)
     page.after(workdir, dataset)
     return results["metrics"]
 

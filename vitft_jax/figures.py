@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from vitft_jax import data, processes, step, tree
+from vitft_jax import data, processes, report, step, tree
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
 
@@ -42,10 +42,9 @@ def draw(
     indices = chosen(config, dataset)
     pictures = np.stack([data.resize(dataset.images[i], config.data.image_size, config.data.fit) for i in indices])
     masks = kept(tree.join(trainable, frozen), pictures, program)
-    if not processes.first():
-        return
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    sheet(pictures, masks, [dataset.names[i] for i in indices]).savefig(folder / "figures" / "patches.png", dpi=110)
+    if processes.first():
+        drawn = sheet(pictures, masks, [dataset.names[i] for i in indices])
+        report.write_figure(folder / "figures" / "patches.png", drawn)
 
 
 def kept(variables: tree.Tree, pictures: np.ndarray, program: step.Program) -> dict[int, np.ndarray]:
@@ -68,7 +67,7 @@ def sheet(pictures: np.ndarray, masks: Mapping[int, np.ndarray], titles: list[st
         titles: Of the images.
     """
     columns = 1 + len(masks)
-    figure = Figure(figsize=(_INCH * columns, (_INCH + 0.4) * len(pictures) + 0.3), layout="constrained")
+    figure = Figure(figsize=(_INCH * columns, (_INCH + 0.4) * len(pictures) + 0.3), layout="constrained", dpi=110)
     figure.suptitle(_CAPTION, fontsize=8)
     axes = figure.subplots(len(pictures), columns, squeeze=False)
     for i, picture in enumerate(pictures):

@@ -17,11 +17,11 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from vitft_jax import cli, figures, overlays, predictor, rollout, runtime, saliency, step, tree
+from vitft_jax import captions, cli, figures, overlays, predictor, report, rollout, runtime, saliency, step, tree
 from vitft_jax import config as configs
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
-from vitft_jax.inputs import UNKNOWN, find
+from vitft_jax.inputs import find
 from vitft_jax.overlays import Overlay
 from vitft_jax.predictor import Predictor
 from vitft_jax.run import Folder
@@ -86,7 +86,7 @@ def look(workdir: Path, images: Path | None = None, output: Path | None = None, 
     _write(output / "saliency.png", model, shown, p, moves, _SALIENCY + through, of_highest=model.multilabel)
     if model.program.method.patches is not None:
         masks = figures.kept(model.variables, shown.pictures, model.program)
-        figures.sheet(shown.pictures, masks, list(shown.names)).savefig(output / "patches.png", dpi=110)
+        report.write_figure(output / "patches.png", figures.sheet(shown.pictures, masks, list(shown.names)))
         print(output / "patches.png", flush=True)
 
 
@@ -152,14 +152,8 @@ def _write(
 ) -> None:
     drawn = []
     for i, picture in enumerate(shown.pictures):
-        decided = model.decide(p[i : i + 1])
-        said = model.names(decided)[0]
-        sure = ", ".join(f"{name} {p[i, model.classes.index(name)]:.2f}" for name in said) or "none"
-        lines, right = [shown.names[i], f"says: {sure}"], None
-        if shown.labels is not None and (shown.labels[i] != UNKNOWN).all():
-            true = model.names(shown.labels[i : i + 1])[0]
-            right = true == said
-            lines.append(f"true: {', '.join(true) or 'none'}{'' if right else ' (wrong)'}")
+        said, right = captions.said_and_true(model, p[i], None if shown.labels is None else shown.labels[i])
+        lines = [shown.names[i], *said]
         if of_highest:
             lines.append(f"saliency of {model.classes[p[i].argmax()]} {p[i].max():.2f}")
         drawn.append(Overlay(picture, values[i], "\n".join(lines), shown.aspects[i], right))

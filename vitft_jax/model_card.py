@@ -158,7 +158,8 @@ def _training(record: Record) -> str:
         )
     else:
         lines.append("Training has not finished.")
-    hidden = ("data.path", "data.table", "model.pretrained")  # paths of the machine, told above by name
+    # Paths of the machine, told above by name, and names of images.
+    hidden = ("data.path", "data.table", "model.pretrained", "init_adapter", "figures.names")
     rows = [
         [f"`{key}`", _plain(conduct.shown(now)), _plain(conduct.shown(was))]
         for key, now, was in record.changed

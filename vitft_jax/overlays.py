@@ -1,6 +1,5 @@
 """Maps over images, such as those of attention and saliency: each image as it is, and beside it under its map."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +10,15 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
+from vitft_jax import report
+from vitft_jax.sheets import COLOURS
+
 _INCH = 2.6  # side of one image
 _PAIRS = 2  # a row
 _HUE = (1.0, 0.1, 0.8)  # neither of grey tissue, of Doppler's reds and blues, nor of yellow callipers
 _OPAQUE = 0.7  # at the top of the scale: tissue shows through
 _TOP = 0.99  # the quantile of all values that is the top of the scale
 _LONGEST = 66  # characters of a line of a caption
-_RIGHT = {True: "#1a7f37", False: "#b3261e", None: "black"}
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,11 @@ def draw(path: Path, overlays: Sequence[Overlay], title: str) -> None:
         covered.imshow(overlay.picture, **how)
         covered.imshow(values, cmap=cmap, norm=norm, interpolation="nearest", **how)
         text = "\n".join(map(_shortened, overlay.caption.split("\n")))
-        plain.set_title(text, fontsize=7, color=_RIGHT[overlay.right], loc="left", parse_math=False)
+        plain.set_title(text, fontsize=7, color=COLOURS[overlay.right], loc="left", parse_math=False)
     bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, shrink=0.5, aspect=30)
     bar.ax.set_facecolor("black")
     bar.set_label("times the mean of the image (the top: or more)", fontsize=8)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+    report.write_figure(path, figure)
 
 
 def _shortened(line: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitft_jax import cli, predictor, report, runtime, sheets
+from vitft_jax import captions, cli, predictor, report, runtime, sheets
 from vitft_jax.errors import InputError
 from vitft_jax.inputs import UNKNOWN, Inputs, Item, find
 from vitft_jax.predictor import Predictor
@@ -134,16 +134,10 @@ def _counts(model: Predictor, p: np.ndarray) -> str:
 
 
 def _sheet(path: Path, model: Predictor, inputs: Inputs, p: np.ndarray, shown: Sequence[int], title: str) -> None:
-    decided = model.decide(p)
     tiles = []
     for i in shown:
-        said = model.names(decided[i : i + 1])[0]
-        sure = ", ".join(f"{name} {p[i, model.classes.index(name)]:.2f}" for name in said) or "none"
-        caption, right = f"{inputs.items[i].name}\n{sure}", None
-        if inputs.labels is not None and _known(inputs.labels[i : i + 1])[0]:
-            true = model.names(inputs.labels[i : i + 1])[0]
-            right = true == said
-            caption += f"\ntrue: {', '.join(true) or 'none'}{'' if right else ' (wrong)'}"
+        said, right = captions.said_and_true(model, p[i], None if inputs.labels is None else inputs.labels[i])
+        caption = "\n".join([inputs.items[i].name, *said])
         tiles.append(sheets.Tile(_picture(model, inputs.items[i]), caption, right))
     sheets.draw(path, tiles, title)
     print(f"{path}: {title}", flush=True)

@@ -1,6 +1,5 @@
 """Contact sheets: many images on one page, each with a caption."""
 
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vitft_jax import report
 from vitft_jax.errors import InputError
 
 MOST = 60  # tiles on a sheet; more would be too small to see or too tall to open
 _INCH = 1.9  # side of a tile
 _LONGEST = 30  # characters of a line of a caption
-_COLOURS = {True: "#1a7f37", False: "#b3261e", None: "black"}
+COLOURS = {True: "#1a7f37", False: "#b3261e", None: "black"}
+"""Of a caption, by whether what it says is right; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,10 @@ def draw(path: Path, tiles: Sequence[Tile], title: str, columns: int = 8) -> Non
             axis.set_box_aspect(1)
             axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=8, transform=axis.transAxes)
         axis.set(xticks=[], yticks=[], anchor="N")
-        axis.set_xlabel(caption, fontsize=6.5, color=_COLOURS[tile.right], parse_math=False)
+        axis.set_xlabel(caption, fontsize=6.5, color=COLOURS[tile.right], parse_math=False)
         for spine in axis.spines.values():
-            spine.set(color=_COLOURS[tile.right], linewidth=0.5 if tile.right is None else 1.5)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")
-    os.replace(part, path)
+            spine.set(color=COLOURS[tile.right], linewidth=0.5 if tile.right is None else 1.5)
+    report.write_figure(path, figure)
 
 
 def _small(image: Image.Image) -> np.ndarray:

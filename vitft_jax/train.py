@@ -110,15 +110,11 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
         state, timing, halved = _fit_again(config, dataset, built, batches, folder, checkpoints)
         trainable, best_step = checkpoints.restore_best(built.trainable)
     told = built.program.method.report(trainable, state.opt_state)
-    for name, values in told.items():
-        if isinstance(values, Mapping):
-            report.heat_map(folder.figures / f"{name}.png", values, name.replace("_", " "))
 
     outs = {s: outputs(built.program, trainable, built.frozen, dataset, s, config) for s in ("val", "test")}
     decision = fit_decision(folder.path, dataset, outs["val"], config)
     results = {s: evaluate_split(folder.path, dataset, s, replace(out, decision=decision)) for s, out in outs.items()}
     speed = outs["test"].images_per_second
-    figures.draw(folder.path, built.program, trainable, built.frozen, dataset, config)
     summary = report.finite(
         {
             **by_part(results),
@@ -141,6 +137,11 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     report.write_json(folder.summary, summary)
     report.print_results(f"best checkpoint (step {best_step}) of {workdir}", summary["metrics"])
     report.print_calibration(summary["calibration"])
+    with report.optional(f"figures of {workdir}", "its results are whole"):
+        for name, values in told.items():
+            if isinstance(values, Mapping):
+                report.heat_map(folder.figures / f"{name}.png", values, name.replace("_", " "))
+        figures.draw(folder.path, built.program, trainable, built.frozen, dataset, config)
     page.after(workdir, dataset)
     return summary
 

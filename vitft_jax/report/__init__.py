@@ -1,7 +1,7 @@
 """What a run writes: files, its log, words on the screen, charts; and `page`, `report.html` from all of these."""
 
 from vitft_jax.report.charts import heat_map
-from vitft_jax.report.files import finite, write_json, write_text
+from vitft_jax.report.files import finite, optional, write_figure, write_json, write_text
 from vitft_jax.report.log import MetricsLog
 from vitft_jax.report.machine import cpu, environment
 from vitft_jax.report.predictions import Predictions, predictions_table, read_predictions, write_predictions
@@ -18,10 +18,12 @@ __all__ = [
     "heat_map",
     "interval",
     "line",
+    "optional",
     "predictions_table",
     "print_calibration",
     "print_results",
     "read_predictions",
+    "write_figure",
     "write_json",
     "write_predictions",
     "write_text",

@@ -1,8 +1,9 @@
 """Makes the report of a run, or of several runs side by side.
 
-Of one run: `report.html` in its folder, or where --output says, and the model card beside it. Of several: one page with their
-results, their paired differences from the first (as vitft_jax.compare), and what they cost. Runs of other classes are refused;
-runs of other test images are shown, but no differences, which would mean nothing. A page is one file that loads nothing else.
+Of one run: `report.html` and the model card in its folder, or the page alone where --output says. Of several: one page with
+their results, their paired differences from the first (as vitft_jax.compare), and what they cost. Runs of other classes are
+refused; runs of other test images are shown, but no differences, which would mean nothing. A page is one file that loads
+nothing else.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--output", type=Path, help="page to write (default: RUN/report.html; of several comparison.html)"
     )
     arguments.add_argument(
-        "--no_images", action="store_true", help="leave out images and names of files, to pass it on"
+        "--no_images", action="store_true", help="leave out images, names of files and paths, to pass it on"
     )
     flags = arguments.parse_args(argv)
     several = len(flags.runs) > 1

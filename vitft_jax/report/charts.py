@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vitft_jax import metrics, processes
+from vitft_jax import metrics
+from vitft_jax.report.files import write_figure
 from vitft_jax.report.markup import Html, join, tag
 from vitft_jax.report.style import SERIES
 
@@ -263,8 +264,6 @@ def _own_names(body: str, prefix: str) -> str:
 
 def heat_map(path: Path, values: Mapping[str, float], title: str) -> None:
     """Draws a number per layer as a PNG: a row per block, a column per matrix; `values` is by path of a layer."""
-    if not processes.first():
-        return
     from matplotlib.figure import Figure
 
     cells = {tuple(name.split("/", 1)): value for name, value in values.items()}
@@ -283,5 +282,4 @@ def heat_map(path: Path, values: Mapping[str, float], title: str) -> None:
         if not math.isnan(value):
             axes.text(j, i, f"{value:g}", ha="center", va="center", color="white" if value > 0.6 * top else "black")
     figure.colorbar(image)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
+    write_figure(path, figure)

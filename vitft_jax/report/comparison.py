@@ -20,7 +20,7 @@ MOST = len(ascii_uppercase)
 
 
 def write(runs: Sequence[Path], output: Path, images: bool = True) -> None:
-    """Writes the page of several runs; `images` is whether it may name any.
+    """Writes the page of several runs; `images` is whether it may name any, and paths of the machine.
 
     Raises:
         InputError: There are too many, a folder holds no run that was evaluated on its test split, or classes differ.
@@ -31,6 +31,7 @@ def write(runs: Sequence[Path], output: Path, images: bool = True) -> None:
 def render(found: Sequence[Record], images: bool = True) -> str:
     """The page of several runs; as `write`."""
     _check(found)
+    found = found if images else [one.to_pass_on for one in found]
     letters = ascii_uppercase[: len(found)]
     runs = [_run(letter, one) for letter, one in zip(letters, found, strict=True)]
     names = ", ".join(one.name for one in found)
@@ -38,6 +39,7 @@ def render(found: Sequence[Record], images: bool = True) -> str:
         tag("h1", f"{len(found)} runs compared"),
         tag("p", "Test split; differences are those from run A.", class_="lead"),
         tag("div", tag("p", page.NOT_A_DEVICE), class_="box"),
+        _warnings(found, letters),
     )
     sections = {
         "Runs": join(table(["", "run", "methods", "test images", "groups"], runs, left=3), _headline(found, letters)),
@@ -70,6 +72,22 @@ def _run(letter: str, one: Record) -> list[Any]:
     counts = [f"{len(p.names):,}", f"{len(set(p.groups)):,}"] if p else ["not recorded"] * 2
     differs = join(tag("br"), outside("; ".join(one.differs))) if one.differs else None
     return [tag("b", letter), join(outside(one.name), differs), " + ".join(one.config.methods) or "none", *counts]
+
+
+def _warnings(found: Sequence[Record], letters: str) -> Html:
+    """What makes results look better than they are, each with the runs of which it is known."""
+    doubted: dict[str, list[str]] = {}
+    for letter, one in zip(letters, found, strict=True):
+        for said in conduct.doubts(one):
+            doubted.setdefault(said, []).append(letter)
+    return join(
+        tag(
+            "div",
+            tag("p", tag("b", f"Run {whose[0]}: " if len(whose) == 1 else f"Runs {', '.join(whose)}: "), said),
+            class_="box warn",
+        )
+        for said, whose in doubted.items()
+    )
 
 
 def _headline(found: Sequence[Record], letters: str) -> Html:

@@ -121,17 +121,22 @@ def single_groups(record: Record) -> bool:
     return bool(record.counts) and all(c.groups == c.images for c in record.counts.values())
 
 
-def warnings(record: Record) -> Html:
+def doubts(record: Record) -> list[str]:
     """What makes results look better than they are, as far as the run knows."""
-    boxes = []
+    found = []
     if _apart(record):
-        boxes.append(words.duplicates(record.summary))
+        found.append(words.duplicates(record.summary))
     if single_groups(record):
-        boxes.append(
+        found.append(
             "Every image is a group of its own. If patients have several images, give the data a column group: the splits may "
             "share patients otherwise, results look better than they are, and intervals are too narrow."
         )
-    return join(tag("div", tag("p", said), class_="box warn") for said in boxes)
+    return found
+
+
+def warnings(record: Record) -> Html:
+    """The doubts of a run in boxes."""
+    return join(tag("div", tag("p", said), class_="box warn") for said in doubts(record))
 
 
 def _apart(record: Record) -> bool:

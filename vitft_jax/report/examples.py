@@ -95,7 +95,7 @@ def _thumbnail(dataset: Dataset, position: int | None, described: str) -> Html:
     except (InputError, OSError) as error:
         return tag("div", f"cannot be shown: {error}", class_="missing")
     image.thumbnail((_SIDE, _SIDE))
-    return tag("img", src=_data(_encoded(image, "JPEG", quality=72)), alt=described, loading="lazy")
+    return tag("img", src=_data(_encoded(image, "JPEG", quality=72)), alt=described)
 
 
 def figure(path: Path) -> Html:

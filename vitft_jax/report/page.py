@@ -3,14 +3,13 @@
 Names of files and classes come from outside; `markup` escapes them, and the page's own policy forbids scripts besides.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 from vitft_jax import model_card, processes, run
 from vitft_jax.data import Dataset
 from vitft_jax.errors import InputError
 from vitft_jax.report import conduct, examples, record, results, words
-from vitft_jax.report.files import write_text
+from vitft_jax.report.files import optional, write_text
 from vitft_jax.report.markup import Html, join, outside, table, tag
 from vitft_jax.report.record import Record
 from vitft_jax.report.style import CSS
@@ -26,31 +25,25 @@ def after(workdir: Path, dataset: Dataset) -> None:
     """Writes report and model card of a run at the end of a command, which says so where that fails, but has not failed."""
     if not processes.first():
         return
-    try:
+    with optional(str(workdir / FILE), f"python -m vitft_jax.report {workdir} makes it anew"):
         write(workdir, workdir / FILE, dataset)
-    except Exception as error:  # the results are safe, and worth more than their page
-        print(
-            f"warning: {workdir / FILE} could not be written ({type(error).__name__}: {error}); "
-            f"python -m vitft_jax.report {workdir} makes it anew",
-            flush=True,
-        )
 
 
 def write(workdir: Path, output: Path, dataset: Dataset | None = None, images: bool = True) -> None:
-    """Writes the page of a run, and its model card beside it; of an evaluation of a run, the page alone.
+    """Writes the page of a run, and into the run's own folder its model card too; of an evaluation of a run, the page alone.
 
     Args:
         workdir: A run folder.
         output: The page.
         dataset: Of the run; None reads it from where the run had it.
-        images: Whether the page has images, figures that show images, and names of files.
+        images: Whether the page has images, figures that show images, names of files, and paths of the machine.
 
     Raises:
         InputError: There is no run, or one of its files is damaged.
     """
     found = record.read(workdir)
     write_text(output, render(found, dataset, images))
-    if found.path == found.run:
+    if found.path == found.run and output.resolve().parent == found.run.resolve():  # elsewhere may be other runs' cards
         model_card.write(output.parent / model_card.FILE, model_card.of(found))
 
 
@@ -58,9 +51,7 @@ def render(found: Record, dataset: Dataset | None = None, images: bool = True) -
     """The page of a run; arguments as `write`."""
     p = found.predictions.get(found.split)
     if not images:
-        config = found.config.copy_and_resolve_references()
-        config.figures.names = ()  # of files
-        found = replace(found, config=config)
+        found = found.to_pass_on
     sections = {
         "Results": _results(found),
         "Images": _images(found, dataset, images) if p else None,

@@ -83,6 +83,19 @@ class Record:
         """Keys of the config that differ from the defaults: key, value, default."""
         return [(key, now, was) for key, was, now in configs.changes(configs.default(), self.config)]
 
+    @property
+    def to_pass_on(self) -> "Record":
+        """The same without names of images, and with the last part of each path of the machine alone."""
+        config = self.config.copy_and_resolve_references()
+        config.figures.names = ()
+        data_, model = config.data, config.model
+        for group, key in ((data_, "path"), (data_, "table"), (model, "pretrained"), (config, "init_adapter")):
+            if Path(group[key]).is_absolute():  # what is not may be an id on the Hub
+                group[key] = Path(group[key]).name
+        source = self.weights["source"]
+        weights = {**self.weights, "source": source if self.weights["revision"] else Path(source).name}
+        return replace(self, config=config, weights=weights)
+
     @cached_property
     def evaluations(self) -> tuple["Record", ...]:
         """Evaluations of this run under other settings, by name."""
@@ -154,7 +167,10 @@ def _predictions(path: Path) -> dict[str, Predictions]:
 
 def _log(path: Path) -> tuple[dict[str, Any], ...]:
     """The lines of a log; not the one that was being written when a run was killed."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no log as vitft_jax.train writes it: {error}") from None
     entries = []
     for line in lines:
         try:
@@ -170,8 +186,13 @@ def _counts(table: Path, multilabel: bool) -> dict[str, Counts]:
     """Counts from the split that a run wrote down, see `data.write_table`; empty where that is missing."""
     if not table.exists():
         return {}
-    with table.open(encoding="utf-8", newline="") as file:
-        head, *rows = csv.reader(file)
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            head, *rows = csv.reader(file)
+        if any(len(row) != len(head) for row in rows) or len(head) < 4:
+            raise ValueError("rows of different lengths, or too short ones")
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{table}: no split as vitft_jax.train writes it: {error}") from None
     found = {}
     for split in data.SPLITS:
         mine = [row for row in rows if row[-1] == split]
