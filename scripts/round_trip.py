@@ -167,7 +167,7 @@ class Row:
         speed = f"{self.timed / self.seconds:.0f}" if self.timed else "-"
         return (
             f"| {self.kind} | {self.format} | {self.library} | {self.apart:.1e} | {self.same} of {self.images} | "
-            f"{100 * self.gained / self.images:+.2f} | {self.megabytes:.1f} | {speed} |"
+            f"{100 * self.gained / self.images:+.2f} | {self.megabytes:.2f} | {speed} |"
         )
 
     def missed(self) -> str:
