@@ -27,7 +27,7 @@ test: .venv/installed  ## core tests
 	$(PYTEST) -m 'not interop and not slow'
 
 test-slow: .venv/installed  ## tests that take minutes: meshes and processes, a run killed at twenty random moments
-	$(PYTEST) --dist loadfile -m slow
+	$(PYTEST) --dist loadfile -m 'slow and not interop'
 
 test-interop: .venv/installed-interop  ## parity with torch, transformers, peft and timm
 	$(PYTEST) -m interop
