@@ -53,6 +53,7 @@ def test_a_figure_that_fails_leaves_the_older_one(tmp_path, monkeypatch):
     assert (tmp_path / "a.png").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_run_whose_figures_fail_is_finished_all_the_same(tiny_config, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise ValueError("Image size of 700x70000 pixels is too large")

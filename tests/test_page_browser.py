@@ -160,6 +160,7 @@ def test_a_page_is_light_or_dark_as_its_reader_wishes(chromium, pages, tmp_path,
     assert (np.abs(pixels - ink).max(axis=2) <= 8).mean() > 0.002
 
 
+@pytest.mark.slow
 def test_every_image_is_on_paper(chromium, pages, tmp_path):
     """Chromium writes each picture once into a PDF; a page that is too wide for the paper would be cut off or shrunk."""
     for name, html in pages.items():

@@ -143,6 +143,7 @@ INT8 = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "left_out"),
     [("lora", ()), ("skip", ()), ("skip", ("skip",)), *((name, ()) for name in INT8)],
@@ -174,6 +175,7 @@ def test_what_the_command_writes_says_what_the_run_says(root, image_folder, tmp_
     assert "InferenceSession" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_only_trains_in_int8_is_to_be_quantised_first(root, tmp_path):
     with pytest.raises(InputError, match=r"vitft_jax.quantize --workdir .*qat --output .*qat_int8"):
         export(root / "qat", tmp_path / "out", "onnx")
@@ -184,6 +186,7 @@ def test_every_way_to_fit_an_image_is_explained():
     assert set(onnx_export._RESIZE) == set(images.FITS)
 
 
+@pytest.mark.slow
 def test_what_an_onnx_file_cannot_hold_is_refused(root, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "_MOST", 40_000)
     with pytest.raises(InputError, match="more than the 2 GB that an ONNX file can hold; quantise it first"):
@@ -191,6 +194,7 @@ def test_what_an_onnx_file_cannot_hold_is_refused(root, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_package_onnx_may_be_missing(root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(InputError, match=r"pip install 'vitft_jax\[onnx\]'"):
