@@ -132,7 +132,8 @@ def test_a_run_that_was_killed_ends_as_one_of_a_single_process(tiny_config, tmp_
     # Adam divides a gradient by its own size, so what sums in another order leave of a small one is a part of a whole step.
     for name, leaf in leaves[0].items():
         np.testing.assert_allclose(leaves[1][name], leaf, atol=1e-3 * tiny_config.train.lr, err_msg=name)
-    assert evaluate.evaluate(tmp_path / "two", "test") == summary["metrics"]["test"]
+    for name, interval in evaluate.evaluate(tmp_path / "two", "test").items():  # on one device
+        assert interval == pytest.approx(summary["metrics"]["test"][name], rel=1e-5), name
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def _forward(x: Array, kernel: Quantised, bound: Array | None, weight_only: bool
     sums = lax.dot_general(
         round_to(x, scale), kernel.values, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.int32
     )
-    return (sums.astype(F32) * scale * kernel.scale).astype(x.dtype)  # in the order of AQT, so to the same bit
+    return (sums.astype(F32) * (scale * kernel.scale)).astype(x.dtype)
 
 
 def _to_input(dy: Array, x: Array, kernel: Quantised, bound: Array | None) -> Array:

@@ -118,7 +118,7 @@ def test_logits_are_those_of_the_oracle_in_every_layer(changes):
         x_scale = jnp.abs(x).max(-1, keepdims=True) * (
             1 / 127.5
         )  # in the order of `quantizer`: a rounding turns an integer
-        return jnp.round(x * (1 / x_scale)).clip(-127, 127) @ values.astype(jnp.float32) * x_scale * scale
+        return jnp.round(x * (1 / x_scale)).clip(-127, 127) @ values.astype(jnp.float32) * (x_scale * scale)
 
     expected = tiny(dot_general_cls=lambda: dot).apply({"params": params}, IMAGES)
     np.testing.assert_allclose(model.apply(variables, IMAGES), expected, rtol=0, atol=1e-5)
