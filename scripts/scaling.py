@@ -202,8 +202,6 @@ def main() -> None:
     if unknown := [name for name in options.tables if name not in TABLES]:
         arguments.error(f"unknown table {unknown[0]!r}; choose from {', '.join(TABLES)}")
     flags = f"--xla_force_host_platform_device_count={DEVICES}"
-    if not options.time:  # the code is not run, so it need not be fast; buffers are the same
-        flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
