@@ -38,7 +38,7 @@ from vitft_jax.train import train
 
 BATCH = 16
 APART, AGREE = 1e-4, 0.995
-WIDER = {"transformers": 2e-3, "jax, bfloat16": 5e-2}
+WIDER = {"transformers": 1e-2, "jax, bfloat16": 5e-2}
 """Bounds where not the model rounds: the plain pipeline of transformers its pixels, and bfloat16 all that it computes."""
 ALL = "all"
 CONFIG = Path(__file__).parent.parent / "configs" / "lora.py"
@@ -95,7 +95,7 @@ def peft_(folder: Path, about: About) -> Answer:
     base = PeftConfig.from_pretrained(folder).base_model_name_or_path
     config = transformers.AutoConfig.from_pretrained(base, num_labels=len(about.classes))
     network = transformers.AutoModelForImageClassification.from_pretrained(
-        base, config=config, ignore_mismatched_sizes=True
+        base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
     )
     network = PeftModel.from_pretrained(network, folder).eval()
     mean, std = np.float32(about.mean), np.float32(about.std)

@@ -175,7 +175,8 @@ def table(name: str, base: Setting, methods: list[str], timed: bool) -> list[str
             found = memory(setting)
             cells = [str(getattr(setting, key)) for key in keys] + [method]
             cells += [f"{n / 2**20:.1f}" for n in (found.base, found.state, found.temporaries, found.peak)]
-            cells += [f"{1000 * seconds(setting):.0f}"] * timed
+            if timed:
+                cells.append(f"{1000 * seconds(setting):.0f}")
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1] if len(lines) > 3 else "\n".join(lines), flush=True)
     return lines

@@ -44,6 +44,7 @@ base = {architecture}.from_pretrained(
     id2label=dict(enumerate(classes)),
     label2id={{name: i for i, name in enumerate(classes)}},
     problem_type="{problem}_label_classification",
+    dtype="float32",  # else that of the file, which may be float16
     ignore_mismatched_sizes=True,
 )
 model = PeftModel.from_pretrained(base, "DIR").eval()""",
