@@ -238,14 +238,16 @@ BLOCKS = {
         _benchmark("inference", "float32", "bfloat16"),
         [
             "Speed as a multiple of the peers', side by side on {inference:machine}"
-            " ([docs/benchmarks.md](docs/benchmarks.md)): a",
-            "LoRA step {float32:times lora ours peft} PEFT's in float32 and"
-            " {bfloat16:times lora ours peft} in bfloat16; a full step",
-            "{float32:times full ours transformers} and"
-            " {bfloat16:times full ours transformers} transformers'; inference in float32",
-            "{inference:times inference forward/ours forward/transformers} transformers and"
-            " {inference:times inference forward/ours forward/onnx} ONNX Runtime, in int8",
-            "{inference:times inference int8/ours forward/ours} our own float32,"
+            " ([docs/benchmarks.md](docs/benchmarks.md)): a LoRA step",
+            "{float32:times lora ours peft} PEFT's in float32 and {bfloat16:times lora ours peft} in bfloat16,"
+            " over an int8 base {float32:times lora int8_lora/ours ours} and"
+            " {bfloat16:times lora int8_lora/ours ours} our own;",
+            "AdaLoRA {float32:times adalora ours peft} and {bfloat16:times adalora ours peft} PEFT's; a full step"
+            " {float32:times full ours transformers} and {bfloat16:times full ours transformers} transformers'.",
+            "Inference: {inference:times inference forward/ours forward/transformers} transformers in float32 and"
+            " {inference:times inference forward/ours:bfloat16 forward/transformers:bfloat16} in bfloat16,"
+            " {inference:times inference forward/ours forward/onnx} ONNX Runtime",
+            "in float32; in int8 {inference:times inference int8/ours forward/ours} our own float32,"
             " {inference:times inference int8/ours int8/torch} torch's int8 and"
             " {inference:times inference int8/ours int8/onnx} ONNX Runtime's.",
         ],
