@@ -1,11 +1,11 @@
-"""Writes the tables of README.md and docs/benchmarks.md from the files in docs/results.
+"""Writes the tables of README.md, docs/benchmarks.md and docs/results.md from the files in docs/results.
 
     python scripts/readme.py            # writes what stands between the markers
     python scripts/readme.py --check    # only says what is out of date; exit code 2 then
 
 A block lies between the lines ``<!-- results:NAME -->`` and ``<!-- end -->``. `BLOCKS` says what each contains: its files in
-docs/results and its lines, in which a field ``{FILE:KIND ARGUMENTS}`` stands for a number. `Benchmark` and `Rows` have the
-kinds. A block whose file is not there yet says which command makes it.
+docs/results and its lines, in which a field ``{FILE:KIND ARGUMENTS}`` stands for a number. `Benchmark`, `Rows` and `Page` have
+the kinds. A block whose file is not there yet says which command makes it.
 """
 
 import csv
@@ -22,8 +22,8 @@ from vitft_jax import cli, report
 from vitft_jax.errors import InputError, nearest
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/benchmarks.md")
-COMMANDS = {  # a file of docs/results, without its ending: what makes it
+PAGES = ("README.md", "docs/benchmarks.md", "docs/results.md")
+COMMANDS = {  # a file of a benchmark, without its ending: what makes it
     "inference": "inference --rounds 5",
     "vit_b": "int8 --model vit_base_patch16 --rounds 5 --turns 2",
     "float32": "lora full adalora --rounds 5 --turns 2",
@@ -32,6 +32,13 @@ COMMANDS = {  # a file of docs/results, without its ending: what makes it
     "layers": "linear attention gelu matmul --turns 10",
     "layers_bfloat16": "linear attention gelu matmul --turns 10 --dtype bfloat16",
     "input": "input --batch 16 --rounds 5 --turns 1",
+}
+SWEEPS = {  # of configs/sweeps, by the name of what it publishes: what its command adds
+    "methods_demo": "",
+    "rank_attention_vit": " --set train.lr=1e-3",
+    "rank_encoder_vit": " --set train.lr=1e-3",
+    "multilabel": "",
+    "chain_demo": "",
 }
 _MARKED = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _FIELD = re.compile(r"\{(\w+):(\w+)(?: ([^{}]+))?\}")
@@ -128,6 +135,17 @@ class Rows:
         if name not in self.rows:
             raise InputError(f"no row {name!r}; {nearest(name, self.rows)}")
         return self.rows[name]
+
+
+class Page:
+    """Tables that scripts/sweep.py --publish wrote, as they are."""
+
+    def __init__(self, text: str) -> None:
+        self.tables = text.strip()
+
+    def text(self) -> str:
+        """All of it."""
+        return self.tables
 
 
 class Block(NamedTuple):
@@ -339,7 +357,12 @@ BLOCKS = {
 }
 
 
-def opened(folder: Path, name: str) -> Benchmark | Rows:
+for _name in SWEEPS:
+    BLOCKS[_name] = Block({_name: f"{_name}.md"}, [f"{{{_name}:text}}", "", f"![{_name}](results/{_name}.png)"])
+KINDS = {".json": Benchmark, ".csv": Rows, ".md": Page}
+
+
+def opened(folder: Path, name: str) -> Benchmark | Rows | Page:
     """A file of docs/results.
 
     Raises:
@@ -347,7 +370,7 @@ def opened(folder: Path, name: str) -> Benchmark | Rows:
     """
     try:
         text = (folder / name).read_text(encoding="utf-8")
-        return Benchmark(text) if name.endswith(".json") else Rows(text)
+        return KINDS[Path(name).suffix](text)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder / name}: no file of results: {error!r}") from None
 
@@ -374,7 +397,10 @@ def render(block: Block, folder: Path) -> str:
 
 
 def command(alias: str) -> str:
-    """What makes a file of a benchmark."""
+    """What makes a file of a benchmark or a sweep."""
+    if alias in SWEEPS:
+        sets = SWEEPS[alias]
+        return f"python scripts/sweep.py configs/sweeps/{alias}.toml --output runs/{alias}{sets} --publish docs/results"
     return f"python scripts/benchmark.py {COMMANDS[alias]} --json docs/results/benchmark_{alias}.json"
 
 
