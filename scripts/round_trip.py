@@ -208,7 +208,8 @@ def kind_of(config: configs.Config) -> str:
     """What the rows of a run are called."""
     if "quant" not in config.methods:
         return " + ".join(["float", *(name for name in config.methods if name == "skip")])
-    return f"int{config.quant.bits}{', static ranges' if config.quant.static else ''}"
+    also = {"kernels only": config.quant.weight_only, "static ranges": config.quant.static}
+    return ", ".join([f"int{config.quant.bits}", *(name for name, on in also.items() if on)])
 
 
 def in_dtype(best: run.Best, workdir: Path, dtype: str) -> Predictor:
