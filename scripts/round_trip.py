@@ -43,6 +43,7 @@ APART, AGREE = 1e-4, 0.995
 WIDER = {"transformers": 1e-2, "jax, bfloat16": 5e-2}
 """Bounds where not the model rounds: the plain pipeline of transformers its pixels, and bfloat16 all that it computes."""
 SHAKE = 1e-6
+"""By what share `shaken` changes a kernel."""
 ALL = "all"
 CONFIG = Path(__file__).parent.parent / "configs" / "lora.py"
 Answer = Callable[[Sequence[Image.Image], np.ndarray], np.ndarray]
