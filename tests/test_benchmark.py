@@ -224,9 +224,22 @@ def test_profile_accounts_for_the_step(shallow, capsys):
         if line.startswith("| ") and "ms" not in line
         for cells in [line.split("|")]
     }
-    whole = rows.pop("step")
+    whole, untraced = rows.pop("step"), rows.pop("step, not traced (median)")
+    assert untraced > 0
     assert sum(rows.values()) == pytest.approx(whole, abs=0.1 * len(rows))
     assert rows["products of linear layers"] > 0
+
+
+def test_profile_ends_an_operation_where_its_first_reader_starts():
+    text = """
+  %a.1 = f32[8]{0} fusion(%p), kind=kLoop, metadata={op_name="jit(step)/norm1/add"}
+  ROOT %b = f32[8]{0} dot(%a.1, %q), metadata={op_name="jit(step)/head/dot_general"}
+"""
+    readers = profile_step.readers(text)
+    assert readers["a.1"] == ["b"]
+    assert "b" not in readers
+    found = [("a.1", 0, 9), ("b", 3, 6), ("a.1", 10, 12), ("b", 13, 15)]  # two steps; the first end is marked late
+    assert profile_step.clipped(found, readers) == [("a.1", 0, 3), ("b", 3, 6), ("a.1", 10, 12), ("b", 13, 15)]
 
 
 def test_profile_shares_a_moment_among_those_that_run_in_it():
