@@ -33,12 +33,13 @@ COMMANDS = {  # a file of a benchmark, without its ending: what makes it
     "layers_bfloat16": "linear attention gelu matmul --turns 10 --dtype bfloat16",
     "input": "input --batch 16 --rounds 5 --turns 1",
 }
-SWEEPS = {  # of configs/sweeps, by the name of what it publishes: what its command adds
-    "methods_demo": "",
-    "rank_attention_vit": " --set train.lr=1e-3",
-    "rank_encoder_vit": " --set train.lr=1e-3",
-    "multilabel": "",
-    "chain_demo": "",
+SWEEPS = {  # by the name of what it publishes: its file in configs/sweeps, and what its command adds ($BUSI: docs/results.md)
+    "methods_demo": ("methods_demo", ""),
+    "rank_attention_vit": ("rank_attention_vit", " --set train.lr=1e-3"),
+    "rank_encoder_vit": ("rank_encoder_vit", " --set train.lr=1e-3"),
+    "multilabel": ("multilabel", ""),
+    "chain_demo": ("chain_demo", ""),
+    "chain_busi": ("chain", " $BUSI --set seed=0"),
 }
 _MARKED = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _FIELD = re.compile(r"\{(\w+):(\w+)(?: ([^{}]+))?\}")
@@ -399,8 +400,8 @@ def render(block: Block, folder: Path) -> str:
 def command(alias: str) -> str:
     """What makes a file of a benchmark or a sweep."""
     if alias in SWEEPS:
-        sets = SWEEPS[alias]
-        return f"python scripts/sweep.py configs/sweeps/{alias}.toml --output runs/{alias}{sets} --publish docs/results"
+        file, sets = SWEEPS[alias]
+        return f"python scripts/sweep.py configs/sweeps/{file}.toml --output runs/{alias}{sets} --publish docs/results"
     return f"python scripts/benchmark.py {COMMANDS[alias]} --json docs/results/benchmark_{alias}.json"
 
 
