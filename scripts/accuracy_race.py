@@ -35,6 +35,7 @@ from safetensors.numpy import save_file
 
 from vitft_jax import cli, data, evaluate, hf_names, metrics, optim, report, run, runtime, train, tree
 from vitft_jax import config as configs
+from vitft_jax.build import ARCHITECTURE, Built, build
 from vitft_jax.errors import InputError
 from vitft_jax.export import hugging_face
 from vitft_jax.exported import About
@@ -64,7 +65,7 @@ def peer(config: configs.Config, folder: Path) -> float:
     torch.manual_seed(config.seed)
     config, source = run.resolve(config)
     dataset = data.load(config.data, config.seed)
-    built = run.build(config, dataset, source)
+    built = build(config, dataset, source)
     model, mean, std = _network(config, dataset, built, folder), built.program.mean, built.program.std
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     decayed = [p for name, p in trained.items() if name.endswith("weight") and p.ndim > 1 and "lora_" not in name]
@@ -131,12 +132,12 @@ def _reading(config: configs.Config) -> dict[str, Any]:
     return {"batch_size": config.train.batch_size, "image_size": config.data.image_size, "fit": config.data.fit}
 
 
-def _network(config: configs.Config, dataset: data.Dataset, built: run.Built, folder: Path) -> Any:
+def _network(config: configs.Config, dataset: data.Dataset, built: Built, folder: Path) -> Any:
     """The model of transformers that stands where ours stands before step 0, with PEFT's adapters."""
     import peft
     import transformers
 
-    model = {key: getattr(built.program.model, key) for key in run.ARCHITECTURE}
+    model = {key: getattr(built.program.model, key) for key in ARCHITECTURE}
     params = {n: np.asarray(p) for n, p in tree.flatten(tree.join(built.trainable, built.frozen)["params"]).items()}
     start, size = folder / "start", config.data.image_size
     start.mkdir(exist_ok=True)

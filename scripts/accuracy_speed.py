@@ -22,9 +22,11 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from vitft_jax import cli, flops, report, run, runtime, step
+from vitft_jax.build import Built, build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.methods.skip import selector
 
 MARKERS = {  # told apart by shape and filling, so that a print in grey will do
@@ -82,7 +84,7 @@ def read(path: Path) -> Run:
     Raises:
         InputError: There is no run, or it is not finished.
     """
-    folder = run.Folder(path)
+    folder = Folder(path)
     config = folder.config()
     if not folder.summary.exists():
         raise InputError(f"{path}: no summary.json, so this run is not finished; train it to its end first")
@@ -93,17 +95,17 @@ def read(path: Path) -> Run:
     return Run(path, config, summary["metrics"]["test"], flops.forward(built.program.model, config.data.image_size))
 
 
-def opened(path: Path) -> tuple[Config, run.Built]:
+def opened(path: Path) -> tuple[Config, Built]:
     """Builds what a run computes, as `vitft_jax.evaluate` does.
 
     Raises:
         InputError: Its data or weights are not what they were.
     """
-    folder = run.Folder(path)
+    folder = Folder(path)
     whole = folder.whole()
     config, source = run.resolve(folder.config(), whole)
     dataset = folder.dataset(config)
-    built = run.build(config, dataset, source, whole)
+    built = build(config, dataset, source, whole)
     folder.open(config, dataset, built)
     return config, built
 
@@ -111,7 +113,7 @@ def opened(path: Path) -> tuple[Config, run.Built]:
 def works(path: Path, options: argparse.Namespace) -> dict[str, contest.Work]:
     """What is timed of a run, by name: 'inference 32', 'training 8', or 'training' at its own batch size."""
     config, built = opened(path)
-    with Checkpoints(run.Folder(path).checkpoints, read_only=True) as checkpoints:
+    with Checkpoints(Folder(path).checkpoints, read_only=True) as checkpoints:
         trainable, _ = checkpoints.restore_best(built.trainable)
     program, frozen, size = built.program, built.frozen, config.data.image_size
     rng = np.random.default_rng(0)

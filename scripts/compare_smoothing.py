@@ -19,6 +19,7 @@ from jax import Array
 
 from vitft_jax import config as configs
 from vitft_jax import data, quantizer, run, runtime, tree
+from vitft_jax.build import build
 from vitft_jax.data.images import resize
 from vitft_jax.methods import quant
 from vitft_jax.ptq import observe, recipe, simulate, smooth
@@ -95,7 +96,7 @@ def main() -> None:
     count = parser.parse_args().images
     config, source = run.resolve(configs.default())
     dataset = data.load(config.data, config.seed)
-    built = run.build(config, dataset, source)
+    built = build(config, dataset, source)
     program = replace(built.program, model=built.program.model.clone(classes=0))
     params = tree.join(built.trainable, built.frozen)["params"]
 

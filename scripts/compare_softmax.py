@@ -20,6 +20,7 @@ from jax import Array
 from vitft_jax import config as configs
 from vitft_jax import data, quantizer, run, runtime, tree
 from vitft_jax.attention import masked_softmax
+from vitft_jax.build import build
 from vitft_jax.data.images import resize
 from vitft_jax.ptq import softmax
 from vitft_jax.step import normalise
@@ -59,7 +60,7 @@ def main() -> None:
     count = parser.parse_args().images
     config, source = run.resolve(configs.default())
     dataset = data.load(config.data, config.seed)
-    built = run.build(config, dataset, source)
+    built = build(config, dataset, source)
     params = tree.join(built.trainable, built.frozen)["params"]
     chosen = np.random.default_rng(0).permutation(dataset.indices("test"))[:count]
     pixels = [resize(dataset.images[i], config.data.image_size, config.data.fit) for i in chosen]

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from vitft_jax import cli, data, evaluate, metrics, run, runtime
 from vitft_jax import config as configs
+from vitft_jax.build import build
 from vitft_jax.train import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -30,7 +31,7 @@ def before(config: configs.Config) -> dict[str, Any]:
     """Test metrics of the bundled ViT with the head that it came with."""
     config, source = run.resolve(config)
     dataset = data.load(config.data, config.seed)
-    built = run.build(config, dataset, source)
+    built = build(config, dataset, source)
     out = evaluate.outputs(built.program, built.trainable, built.frozen, dataset, "test", config)
     groups = [dataset.groups[i] for i in out.indices]
     return metrics.intervals(out.probabilities, out.labels, groups, dataset.multilabel, metrics.RESAMPLES)

@@ -18,8 +18,9 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from scipy.stats import spearmanr
 
-from vitft_jax import cli, data, figures, look, predictor, run, runtime, saliency, tree
+from vitft_jax import cli, data, figures, look, predictor, runtime, saliency, tree
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.predictor import Predictor
 
 Change = Callable[[str, Any], Any]
@@ -115,7 +116,7 @@ def main() -> None:
         "--cover", nargs=6, action="append", metavar=("NAME", "TOP", "BOTTOM", "LEFT", "RIGHT", "DOWN"), default=[]
     )
     options = arguments.parse_args()
-    folder = run.Folder(options.run)
+    folder = Folder(options.run)
     config = folder.config()
     dataset, model = folder.dataset(config), predictor.load(options.run)
     for name, *numbers in options.cover:

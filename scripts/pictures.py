@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitft_jax import check_data, look, predict, run, runtime
+from vitft_jax import check_data, look, predict, runtime
 from vitft_jax import config as configs
 from vitft_jax.data import Dataset
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.report import page, record
 
 MOST = 150_000  # bytes
@@ -97,7 +98,7 @@ def main() -> None:
     arguments.add_argument("run", type=Path, help="folder of a run on generated images, such as runs/lora")
     arguments.add_argument("--output", type=Path, default=Path("docs/figures"), help="folder (default: docs/figures)")
     options = arguments.parse_args()
-    folder = run.Folder(options.run)
+    folder = Folder(options.run)
     dataset = folder.dataset(folder.config())
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)

@@ -20,7 +20,7 @@ import seeds
 
 from vitft_jax import cli, metrics, report
 from vitft_jax.errors import InputError, nearest
-from vitft_jax.run import Folder
+from vitft_jax.folder import Folder
 
 
 def summary_of(run: Path, split: str) -> dict[str, Any]:

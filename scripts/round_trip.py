@@ -33,6 +33,7 @@ from vitft_jax import config as configs
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.export import export
 from vitft_jax.exported import About
+from vitft_jax.folder import Folder
 from vitft_jax.predictor import Predictor
 from vitft_jax.ptq.recipe import Recipe
 from vitft_jax.quantize import Options, quantize
@@ -241,7 +242,7 @@ def rows_of(workdir: Path, folder: Path, split: str) -> list[Row]:
     model = in_float32 = in_dtype(best, workdir, config.dtype)
     if config.dtype != "float32":
         in_float32 = in_dtype(best, workdir, "float32")
-    dataset = run.Folder(workdir).dataset(config)
+    dataset = Folder(workdir).dataset(config)
     indices = np.arange(len(dataset)) if split == ALL else dataset.indices(split)
     parts = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
     images = [[dataset.images[i].convert("RGB") for i in part] for part in parts]

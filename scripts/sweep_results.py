@@ -19,7 +19,8 @@ import seeds
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from sweep import Job, Row, Sweep, check_metrics, results
+from sweep_file import Job, Row, Sweep, check_metrics
+from sweep_progress import results
 
 from vitft_jax import metrics, report
 from vitft_jax.errors import InputError

@@ -20,9 +20,11 @@ import numpy as np
 
 from vitft_jax import cli, data, flops, methods, metrics, run, runtime, step
 from vitft_jax import config as configs
+from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
 from vitft_jax.evaluate import outputs
+from vitft_jax.folder import Folder
 
 
 @dataclass
@@ -57,10 +59,10 @@ def measure(options: argparse.Namespace) -> list[Candidate]:
     Raises:
         InputError: There is no run or no checkpoint, or the metric is unknown.
     """
-    folder = run.Folder(options.run)
+    folder = Folder(options.run)
     config, source = run.resolve(folder.config())
     dataset = folder.dataset(config)
-    built = run.build(config, dataset, source)
+    built = build(config, dataset, source)
     folder.open(config, dataset, built)
     if "skip" in config.methods:
         raise InputError(f"{options.run}: this run was trained with skipping; the search starts from a dense one")

@@ -10,9 +10,11 @@ from support import init, randomised, tiny
 
 from vitft_jax import config as configs
 from vitft_jax import decision, exported, hf_names, report, run, step, tree
+from vitft_jax.build import ARCHITECTURE, build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.decision import Decision
 from vitft_jax.export import hugging_face
+from vitft_jax.folder import Folder
 from vitft_jax.step import State
 
 FAMILIES = {
@@ -34,7 +36,7 @@ def about(**changes):
 def write_base(folder, family, **changes):
     """A random tiny model in the files of transformers, as the base of runs; its head has other classes."""
     model = tiny(**{**FAMILIES[family], **changes})
-    arguments = {name: getattr(model, name) for name in run.ARCHITECTURE}
+    arguments = {name: getattr(model, name) for name in ARCHITECTURE}
     params = {name: np.asarray(leaf) for name, leaf in tree.flatten(init(model)["params"]).items()}
     folder.mkdir(parents=True)
     save_file(
@@ -75,9 +77,9 @@ def several_labels(folder, images):
 def hand_made(workdir, config, how=None, change=lambda name, leaf: leaf):
     """A run whose best checkpoint was drawn at random; `change` may edit its leaves."""
     config, source = run.resolve(config)
-    folder = run.Folder(workdir)
+    folder = Folder(workdir)
     dataset = folder.dataset(config)
-    built = run.build(config, dataset, source)
+    built = build(config, dataset, source)
     trainable = tree.map_named(change, randomised(jax.device_get(built.trainable), seed=1))
     save(folder, config, dataset, built, trainable)
     decision.write(workdir, how or Decision(1.5), dataset.classes)

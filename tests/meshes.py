@@ -27,8 +27,9 @@ import scaling
 from PIL import Image
 from support import TINY
 
-from vitft_jax import calibration, data, pretrained, processes, product, quantizer, run, sharding, step, tree, vit
+from vitft_jax import calibration, data, pretrained, processes, product, quantizer, sharding, step, tree, vit
 from vitft_jax import config as configs
+from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.methods import quant
 
@@ -160,7 +161,7 @@ def _trained(method, mesh):
     """Losses of the steps, what AdaLoRA kept, and how the program looks."""
     config, images = config_of(method, mesh), dataset()
     source = None if method == "full" else weights()  # a whole model is drawn once: to compile that takes seconds
-    built = calibration.calibrated(run.build(config, images, source), images, config)
+    built = calibration.calibrated(build(config, images, source), images, config)
     program, layout = built.program, built.program.layout
     part, parts = layout.reader
     batches = data.train_batches(
@@ -200,7 +201,7 @@ def restored(mesh):
         for place, found in losses.items():
             config = config_of("lora", place)
             config.train.accumulate = 1
-            built = run.build(config, images, weights())
+            built = build(config, images, weights())
             state, layout = step.init_state(built.program, built.trainable), built.program.layout
             batches = data.train_batches(
                 images, batch_size=BATCH, image_size=SIZE, fit="squash", augment=config.augment, seed=0

@@ -11,7 +11,9 @@ import numpy as np
 
 from vitft_jax import config as configs
 from vitft_jax import methods, run, step, tree, vit
+from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
+from vitft_jax.folder import Folder
 from vitft_jax.methods import skip
 
 TINY = {"patch": 4, "width": 32, "depth": 2, "heads": 4, "hidden": 64}
@@ -96,9 +98,9 @@ def virtual_devices(count):
 
 def trained(workdir):
     """State and loop of a run's newest checkpoint."""
-    folder = run.Folder(workdir)
+    folder = Folder(workdir)
     config, source = run.resolve(folder.config())
-    built = run.build(config, folder.dataset(config), source)
+    built = build(config, folder.dataset(config), source)
     with Checkpoints(folder.checkpoints) as checkpoints:
         return checkpoints.restore(step.init_state(built.program, built.trainable))
 

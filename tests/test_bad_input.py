@@ -18,7 +18,9 @@ from support import TINY
 
 from vitft_jax import check_data, cli, compare, evaluate, look, predict, quantize, run, train
 from vitft_jax import config as configs
+from vitft_jax.build import build
 from vitft_jax.export import __main__ as export
+from vitft_jax.folder import Folder
 from vitft_jax.report import __main__ as report
 
 BUNDLED = Path(train.__file__).parent / "weights" / "phantom_micro"
@@ -54,10 +56,10 @@ def template(image_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("template")
     (root / "config.py").write_text(CONFIG)
     config, source = run.resolve(configs.load(str(root / "config.py"), [f"data.path={image_folder}"]))
-    folder = run.Folder(root / "run")
+    folder = Folder(root / "run")
     dataset = folder.dataset(config)
     config.data.path = "IMAGES"
-    folder.open(config, dataset, run.build(config, dataset, source))
+    folder.open(config, dataset, build(config, dataset, source))
     return root / "run"
 
 
@@ -435,4 +437,4 @@ def test_links_are_followed_where_the_user_says_so(world):
         path.symlink_to(world / "elsewhere" / f"{path.parent.name}{path.name}")
     (world / "also").symlink_to(world / "images")  # a link to the whole folder needs no leave
     config = configs.load("config.py", ["data.path=also", "data.links=True"])
-    assert len(run.Folder(world / "new").dataset(config)) == 30
+    assert len(Folder(world / "new").dataset(config)) == 30

@@ -6,8 +6,10 @@ import pytest
 from PIL import Image
 
 from vitft_jax import calibration, evaluate, run, step, train, tree
+from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 
 
 @pytest.fixture
@@ -21,8 +23,8 @@ def static_config(tiny_config):
 
 def built_of(config, workdir):
     config, source = run.resolve(config)
-    dataset = run.Folder(workdir).dataset(config)
-    return config, dataset, run.build(config, dataset, source)
+    dataset = Folder(workdir).dataset(config)
+    return config, dataset, build(config, dataset, source)
 
 
 def bounds(trainable):

@@ -11,6 +11,7 @@ import pytest
 
 from vitft_jax import check_data, compare, data, evaluate, metrics, predict, pretrained, report, run, train
 from vitft_jax import config as configs
+from vitft_jax.build import build
 from vitft_jax.data import cases
 from vitft_jax.errors import InputError
 from vitft_jax.report import __main__ as report_command
@@ -55,7 +56,7 @@ def test_bundled_weights_are_small_and_keep_their_head_in_the_order_of_the_data(
     config, source = run.resolve(configs.default())
     dataset = data.load(config.data, seed=0)
     assert sorted(dataset.classes) == sorted(weights.classes) == ["benign", "malignant", "normal"]
-    built = run.build(config, dataset, source)
+    built = build(config, dataset, source)
     for position, name in enumerate(dataset.classes):
         theirs = weights.params["head"]["kernel"][:, weights.classes.index(name)]
         np.testing.assert_array_equal(np.asarray(built.trainable["params"]["head"]["kernel"])[:, position], theirs)

@@ -19,9 +19,11 @@ from PIL import Image
 from support import largest
 
 from vitft_jax import cli, digest, evaluate, lock, optim, report, step, train
+from vitft_jax.build import build
 from vitft_jax.data import images
 from vitft_jax.errors import InputError
-from vitft_jax.run import Folder, build, resolve
+from vitft_jax.folder import Folder
+from vitft_jax.run import resolve
 
 
 @pytest.fixture

@@ -10,7 +10,9 @@ from support import TINY
 
 from vitft_jax import config as configs
 from vitft_jax import decision, evaluate, quantize, run, train, vit
+from vitft_jax.build import build
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.ptq.recipe import Recipe
 
 
@@ -36,7 +38,7 @@ def first(image_folder, tmp_path_factory):
 
 def second(first, **changes):
     """The config of a run that begins where `first` ended."""
-    config = run.Folder(first).config()
+    config = Folder(first).config()
     config.methods, config.model.name, config.model.pretrained = (), "", str(first)
     config.update_from_flattened_dict(changes)
     return config
@@ -44,8 +46,8 @@ def second(first, **changes):
 
 def built(config):
     config, source = run.resolve(config)
-    dataset = run.Folder(Path(config.model.pretrained)).dataset(config)
-    return run.build(config, dataset, source), dataset, config
+    dataset = Folder(Path(config.model.pretrained)).dataset(config)
+    return build(config, dataset, source), dataset, config
 
 
 def test_before_its_first_step_it_says_what_the_first_run_said(first):
@@ -75,7 +77,7 @@ def test_other_classes_get_another_head_and_other_sizes_other_positions(first, i
     config = second(first)
     config.data.path, config.data.image_size = str(tmp_path / "images"), 24
     config, source = run.resolve(config)
-    later = run.build(config, run.Folder(tmp_path / "new").dataset(config), source)
+    later = build(config, Folder(tmp_path / "new").dataset(config), source)
     assert later.trainable["params"]["head"]["kernel"].shape == (32, 2)
     assert later.frozen["params"]["embed"]["position"].shape == (1, 1 + 36, 32)
     np.testing.assert_array_equal(
@@ -88,7 +90,7 @@ def test_a_first_run_that_changed_is_noticed(first, tmp_path):
     config = second(tmp_path / "first")
     config.train.epochs = 1.0
     train.train(config, tmp_path / "second")
-    again = run.Folder(tmp_path / "first").config()
+    again = Folder(tmp_path / "first").config()
     shutil.rmtree(tmp_path / "first")
     again.train.lr = 2e-2
     train.train(again, tmp_path / "first")

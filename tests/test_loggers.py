@@ -10,8 +10,9 @@ import pytest
 from support import lines
 
 from vitft_jax import config as configs
-from vitft_jax import loggers, processes, run, train
+from vitft_jax import loggers, processes, train
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 
 RANKS = {
     "loss": 0.5,
@@ -207,7 +208,7 @@ def test_training_tells_the_writers_what_it_logs(tiny_config, wandb, tmp_path):
 
 
 def test_a_run_may_go_on_with_other_writers(tiny_config, tmp_path):
-    folder = run.Folder(tmp_path)
+    folder = Folder(tmp_path)
     (tmp_path / "config.json").write_text(configs.to_json(tiny_config))
     (tmp_path / "run.json").write_text("{}")
     tiny_config.log.tensorboard = True

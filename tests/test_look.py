@@ -9,9 +9,11 @@ from PIL import Image
 from support import TINY, randomised
 
 from vitft_jax import config as configs
-from vitft_jax import data, look, overlays, predictor, run, vit
+from vitft_jax import data, look, overlays, predictor, vit
+from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.step import State
 
 
@@ -28,8 +30,8 @@ def make(workdir, images, **changes):
     config.data.val_fraction = config.data.test_fraction = 0.2
     config.train.batch_size = 4
     config.update_from_flattened_dict(changes)
-    folder, dataset = run.Folder(workdir), data.load(config.data, 0)
-    built = run.build(config, dataset, None)
+    folder, dataset = Folder(workdir), data.load(config.data, 0)
+    built = build(config, dataset, None)
     folder.open(config, dataset, built)
     with Checkpoints(folder.checkpoints) as checkpoints:
         checkpoints.save(State(jnp.int32(0), randomised(built.trainable), {}), {}, [1.0])
@@ -77,7 +79,7 @@ def drawn(monkeypatch):
 def test_draws_the_images_of_the_run_with_what_is_said_of_them(runs, one, drawn, capsys, monkeypatch):
     monkeypatch.setattr(predictor, "load", {runs / "one": one}.get)
     look.look(runs / "one", overrides=["figures.count=5"])
-    folder, model = run.Folder(runs / "one"), one
+    folder, model = Folder(runs / "one"), one
     written = {"attention.png", "saliency.png"}
     assert {path.name for path in folder.figures.iterdir()} == written == set(drawn)
     assert capsys.readouterr().out.split() == [str(folder.figures / name) for name in ("attention.png", "saliency.png")]

@@ -14,8 +14,9 @@ from scipy import stats
 from support import lines
 
 from vitft_jax import config as configs
-from vitft_jax import data, evaluate, metrics, model_card, run, train
+from vitft_jax import data, evaluate, metrics, model_card, train
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.report import charts, comparison, examples, markup, page, record, results, words
 from vitft_jax.report.__main__ import main
 
@@ -496,4 +497,4 @@ def test_damaged_files_are_named(tmp_path):
     (path / "summary.json").write_text("{}")
     with pytest.raises(InputError, match=r"summary\.json"):
         record.read(path)
-    assert run.Folder(path).exists
+    assert Folder(path).exists

@@ -12,9 +12,11 @@ from peft_names import GOLDEN, PREFIX, adapter_tree
 from safetensors.numpy import load_file, save_file
 
 from vitft_jax import hf_names, peft, pretrained, run, train, tree, weightfiles
+from vitft_jax.build import Weights, build
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
 from vitft_jax.export import export
+from vitft_jax.folder import Folder
 
 LORA = {
     "peft_type": "LORA",
@@ -221,8 +223,8 @@ def started(image_folder, root, method, folder=None, classes=None, **changes):
     config = exports.config_for(image_folder, root / "base", method, init_adapter=str(folder), **changes)
     config, base = run.resolve(config)
     config, adapter = peft.resolve(config, base)
-    dataset = run.Folder(root / "new").dataset(config)
-    return *peft.insert(run.build(config, dataset, base), adapter, classes or dataset.classes), config
+    dataset = Folder(root / "new").dataset(config)
+    return *peft.insert(build(config, dataset, base), adapter, classes or dataset.classes), config
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora"])
@@ -264,7 +266,7 @@ def test_the_command_starts_from_it_and_goes_on(root, image_folder, tmp_path, ca
     _, logits = exports.images_and_logits(root / "dora")
     np.testing.assert_array_equal(exports.images_and_logits(tmp_path / "run")[1], logits)
     assert train.train(config, tmp_path / "run") == summary
-    assert run.Folder(tmp_path / "run").config().lora.rank == 3
+    assert Folder(tmp_path / "run").config().lora.rank == 3
 
 
 @pytest.mark.parametrize(
@@ -323,14 +325,14 @@ def test_why_a_head_is_fresh_is_said(root, image_folder, tmp_path):
 
 def test_the_base_that_an_adapter_names_is_compared(root):
     adapter = peft.read(root / "lora_peft")
-    own = run.Weights(str(root / "base"), "", "")
+    own = Weights(str(root / "base"), "", "")
     assert adapter.base == str(root / "base")
     assert not peft.other_base(adapter, own)
     assert not peft.other_base(replace(adapter, base=f"{root}/lora/../base"), own)
     assert not peft.other_base(replace(adapter, base=""), own)
-    assert not peft.other_base(replace(adapter, base=str(pretrained.BUNDLED)), run.Weights("bundled", "", ""))
+    assert not peft.other_base(replace(adapter, base=str(pretrained.BUNDLED)), Weights("bundled", "", ""))
     assert "other/base" in peft.other_base(replace(adapter, base="other/base"), own)
-    assert "bundled" in peft.other_base(adapter, run.Weights("bundled", "", ""))
+    assert "bundled" in peft.other_base(adapter, Weights("bundled", "", ""))
 
 
 def test_an_adapter_of_another_model(root, image_folder, tmp_path):
@@ -345,7 +347,7 @@ def test_an_adapter_of_another_model(root, image_folder, tmp_path):
 def test_what_is_read_is_written_again_as_it_was(root, image_folder, tmp_path):
     for method in ("dora", "adalora"):
         built, _, config = started(image_folder, root, method)
-        folder = run.Folder(tmp_path / method)
+        folder = Folder(tmp_path / method)
         dataset = folder.dataset(config)
         exports.save(folder, config, dataset, built, built.trainable)
         export(tmp_path / method, tmp_path / f"{method}_peft", "peft")

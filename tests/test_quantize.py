@@ -26,8 +26,10 @@ from vitft_jax import (
     vit,
 )
 from vitft_jax import config as configs
+from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.lock import Lock
 from vitft_jax.methods import quant
 from vitft_jax.ptq import gate, observe, simulate
@@ -64,9 +66,9 @@ def trained(image_folder, tmp_path_factory):
 
 def stored(workdir):
     """The program of a quantised run and the variables in its checkpoint."""
-    folder = run.Folder(workdir)
+    folder = Folder(workdir)
     config = folder.config()
-    built = run.build(config, folder.dataset(config), None, folder.whole())
+    built = build(config, folder.dataset(config), None, folder.whole())
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         return built.program, checkpoints.restore_best(None)[0]
 
@@ -152,7 +154,7 @@ def test_a_run_becomes_an_int8_run_that_needs_no_other_weights(trained, tmp_path
         quantize.quantize(output, tmp_path / "again", FAST)
     before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     with pytest.raises(InputError, match="which does not train"):
-        train.train(run.Folder(output).config(), output)
+        train.train(Folder(output).config(), output)
     assert before == {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
     assert list(tmp_path.iterdir()) == [output]
 
@@ -166,7 +168,7 @@ def test_the_gate_keeps_the_most_sensitive_layers_in_float(trained, tmp_path, mo
     drops = iter([2.0, 0.4, 0.6, 0.5, 0.1])
     monkeypatch.setattr(gate, "drop", lambda *_: next(drops))
     other = tmp_path / "other"  # all but the first image of each class
-    shutil.copytree(run.Folder(trained).config().data.path, other, ignore=lambda *_: {"0.png"})
+    shutil.copytree(Folder(trained).config().data.path, other, ignore=lambda *_: {"0.png"})
     recipe = Recipe(smooth=False, static="mse")
     options = quantize.Options(recipe, attention=True, calibration=str(other), max_drop=0.5)
     summary = quantize.quantize(trained, tmp_path / "int8", options)
@@ -322,7 +324,7 @@ def test_a_run_that_trained_in_int8_becomes_the_model_that_it_trained_to_be(imag
     # What is typed wins.
     options = ["--bits=8", "--static=", "--no-attention", "--no-weight_only", "--smooth", "--sensitivity_images=0"]
     quantize.main([f"--workdir={workdir}", f"--output={tmp_path / 'other'}", *options])
-    config = run.Folder(tmp_path / "other").config().quant
+    config = Folder(tmp_path / "other").config().quant
     assert (config.bits, config.static, config.attention, config.weight_only) == (8, False, False, False)
     assert config.skip_layers == changes["skip_layers"]
 

@@ -16,8 +16,10 @@ from jax.sharding import AbstractMesh, PartitionSpec, SingleDeviceSharding
 from support import tiny, virtual_devices
 
 from vitft_jax import config as configs
-from vitft_jax import methods, optim, run, sharding, step, tree
+from vitft_jax import methods, optim, sharding, step, tree
+from vitft_jax.build import build
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 
 P = PartitionSpec
 METHODS = ("full", "lora", "adalora", "skip", "qat")
@@ -169,9 +171,9 @@ def test_batches_that_do_not_divide_are_refused_with_what_would():
 
 def test_a_run_may_go_on_elsewhere(tiny_config, tmp_path):
     """Another mesh is no other run; other settings are."""
-    folder, there = run.Folder(tmp_path / "run"), tiny_config.copy_and_resolve_references()
+    folder, there = Folder(tmp_path / "run"), tiny_config.copy_and_resolve_references()
     dataset = folder.dataset(tiny_config)
-    folder.open(tiny_config, dataset, run.build(tiny_config, dataset, None))
+    folder.open(tiny_config, dataset, build(tiny_config, dataset, None))
     there.mesh.data, there.remat = 1, "full"
     folder.check(there)
     there.seed = 1

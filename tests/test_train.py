@@ -10,9 +10,12 @@ from PIL import Image
 from support import lines, trained
 
 from vitft_jax import config as configs
-from vitft_jax import data, decision, evaluate, metrics, report, run, step, train, tree
+from vitft_jax import data, decision, evaluate, metrics, report, step, train, tree
+from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
+from vitft_jax.task import class_weights
 
 
 def test_a_lora_run_learns_and_writes_what_the_contract_says(tiny_config, tmp_path, capsys, reports):
@@ -153,9 +156,9 @@ def test_multilabel_table_end_to_end(tiny_config, image_folder, tmp_path):
 
 def test_temperature_and_thresholds_are_fitted_on_validation_and_used_everywhere(tiny_config, tmp_path, capsys):
     summary = train.train(tiny_config, tmp_path / "run")
-    folder = run.Folder(tmp_path / "run")
+    folder = Folder(tmp_path / "run")
     how, dataset = decision.read(folder.path), folder.dataset(tiny_config)
-    built = run.build(folder.config(), dataset, None)
+    built = build(folder.config(), dataset, None)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, _ = checkpoints.restore_best(built.trainable)
     for split in ("val", "test"):
@@ -207,7 +210,7 @@ def test_class_weights():
         n = len(labels)
         names = tuple(map(str, range(n)))
         dataset = data.Dataset(("a", "b"), multilabel, names, np.array(labels), names, ("train",) * n, None)
-        return run.class_weights(dataset)
+        return class_weights(dataset)
 
     assert of([0, 0, 0, 1], False) == pytest.approx((4 / (2 * 3), 4 / 2))
     assert of([[1, 0], [1, 1], [1, 0], [0, 0]], True) == pytest.approx((1 / 3, 3))
@@ -283,9 +286,9 @@ def test_evaluate_under_other_settings_leaves_the_run_alone(tiny_config, tmp_pat
 )
 def test_evaluate_refuses_settings_that_are_not_of_evaluation(tiny_config, tmp_path, changes, name, message):
     tiny_config.methods = ("lora",)
-    config, folder = tiny_config, run.Folder(tmp_path / "run")
+    config, folder = tiny_config, Folder(tmp_path / "run")
     dataset = folder.dataset(config)
-    folder.open(config, dataset, run.build(config, dataset, None))
+    folder.open(config, dataset, build(config, dataset, None))
     with pytest.raises(InputError) as error:
         evaluate.evaluate(tmp_path / "run", "test", changes, name)
     assert message in str(error.value)

@@ -7,7 +7,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from vitft_jax import data, run, tree
+from vitft_jax import data, tree
+from vitft_jax.build import Built
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
 from vitft_jax.ptq import observe
@@ -68,7 +69,7 @@ def see(program: Program, params: tree.Tree, dataset: data.Dataset, config: Conf
     return observe.observe(program.model, params, _normalised(program, dataset, config), count)
 
 
-def calibrated(built: run.Built, dataset: data.Dataset, config: Config) -> run.Built:
+def calibrated(built: Built, dataset: data.Dataset, config: Config) -> Built:
     """The variables before step 0 with the ranges that the method asks for; the same where it asks for none.
 
     Raises:

@@ -20,12 +20,14 @@ import numpy as np
 
 from vitft_jax import cli, data, decision, figures, flops, metrics, processes, report, runtime, step, tree
 from vitft_jax import config as configs
+from vitft_jax.build import Built, build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.report import page
-from vitft_jax.run import Built, Folder, build, resolve
+from vitft_jax.run import resolve
 
 
 @dataclass(frozen=True)

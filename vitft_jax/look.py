@@ -21,10 +21,10 @@ from vitft_jax import captions, cli, figures, overlays, predictor, report, rollo
 from vitft_jax import config as configs
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.inputs import find
 from vitft_jax.overlays import Overlay
 from vitft_jax.predictor import Predictor
-from vitft_jax.run import Folder
 
 _ATTENTION = "Attention roll-out: from which patches attention gathers what the head reads. It explains no decision."
 _SALIENCY = "Saliency: where the logit moves most, up or down, with the brightness. It explains no decision."

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 
 from vitft_jax import config as configs
-from vitft_jax import exported, hf_names, pretrained, run, tree, weightfiles
+from vitft_jax import exported, hf_names, pretrained, tree, weightfiles
+from vitft_jax.build import Built, Weights
 from vitft_jax.errors import InputError
 from vitft_jax.methods import adalora, lora
 
@@ -336,7 +337,7 @@ def _same_layers(targets: str, adapter: Adapter, depth: int) -> bool:
         return False
 
 
-def insert(built: run.Built, adapter: Adapter, classes: tuple[str, ...]) -> tuple[run.Built, str]:
+def insert(built: Built, adapter: Adapter, classes: tuple[str, ...]) -> tuple[Built, str]:
     """Puts an adapter in the place of a fresh one, and its head where it is one for `classes`.
 
     Where the names of the head's classes are not known, their number decides. Triplets that AdaLoRA has pruned get a singular
@@ -378,7 +379,7 @@ def insert(built: run.Built, adapter: Adapter, classes: tuple[str, ...]) -> tupl
     return replace(built, trainable=tree.unflatten({**leaves, **placed})), why
 
 
-def other_base(adapter: Adapter, weights: run.Weights) -> str:
+def other_base(adapter: Adapter, weights: Weights) -> str:
     """What to know where an adapter names another base than that of a run; '' where it names that, or none."""
     named = Path(adapter.base).expanduser()
     mine = pretrained.BUNDLED if weights.source == "bundled" else Path(weights.source)

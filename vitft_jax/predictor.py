@@ -16,9 +16,12 @@ from PIL import Image, ImageOps
 
 from vitft_jax import config as configs
 from vitft_jax import data, decision, exported, peft, run, step, tree
+from vitft_jax.build import Built, build_for
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.exported import About
+from vitft_jax.folder import Folder
+from vitft_jax.task import Task
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def load(workdir: Path) -> Predictor:
     Raises:
         InputError: As `run.best`; or an export is damaged, its base is another one now, or onnxruntime is missing.
     """
-    if (workdir / exported.FILE).is_file() and not run.Folder(workdir).exists:
+    if (workdir / exported.FILE).is_file() and not Folder(workdir).exists:
         about = exported.read(workdir)
         if about.format not in _OPENERS:
             raise InputError(
@@ -156,7 +159,7 @@ def load(workdir: Path) -> Predictor:
 
 
 def of_model(
-    config: configs.Config, built: run.Built, trainable: tree.Tree, task: run.Task, how: Decision, at: int
+    config: configs.Config, built: Built, trainable: tree.Tree, task: Task, how: Decision, at: int
 ) -> Predictor:
     """A model of ours; each new `config.train.batch_size` compiles anew."""
     program = built.program
@@ -211,12 +214,12 @@ def _config(about: About, source: str, revision: str = "") -> configs.Config:
     return config
 
 
-def _built(config: configs.Config, about: About) -> tuple[configs.Config, run.Built, run.Task]:
+def _built(config: configs.Config, about: About) -> tuple[configs.Config, Built, Task]:
     """The program of such a config, with what its weights determine filled in."""
     config, weights = run.resolve(config)
     config, _ = peft.resolve(config, weights)
-    task = run.Task(about.classes, about.multilabel, total_steps=1)
-    return config, run.build_for(config, task, replace(weights, mean=about.mean, std=about.std)), task
+    task = Task(about.classes, about.multilabel, total_steps=1)
+    return config, build_for(config, task, replace(weights, mean=about.mean, std=about.std)), task
 
 
 def _program(folder: Path, about: About) -> Predictor:

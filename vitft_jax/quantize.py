@@ -27,10 +27,12 @@ from jax import Array
 
 from vitft_jax import calibration, cli, data, decision, methods, metrics, report, run, runtime, tree
 from vitft_jax import step as steps
+from vitft_jax.build import Built, build, whole_model
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
 from vitft_jax.evaluate import Outputs, by_part, evaluate_split, fit_decision, outputs
+from vitft_jax.folder import Folder
 from vitft_jax.lock import Lock
 from vitft_jax.methods import quant
 from vitft_jax.ptq import gate, ranges, simulate
@@ -105,10 +107,10 @@ class Source:
         as_run: Whether the float model is the run's own program; else it is `plain`, because the run multiplies in int8.
     """
 
-    folder: run.Folder
+    folder: Folder
     config: Config
     dataset: data.Dataset
-    built: run.Built
+    built: Built
     trainable: Any
     step: int
     plain: Program
@@ -148,7 +150,7 @@ def quantize(
             activations on them are not finite; no layer is left within `max_drop`.
     """
     started = time.perf_counter()
-    options = defaults(run.Folder(workdir).config()) if options is None else options
+    options = defaults(Folder(workdir).config()) if options is None else options
     _check(output, options)
     with _workplace(output) as part:
         source = _source(workdir, rewrite)
@@ -254,7 +256,7 @@ def _workplace(output: Path) -> Iterator[Path]:
         folder.rmdir()  # where the lock did not make it
 
 
-def _of_source(folder: run.Folder) -> dict[str, Any]:
+def _of_source(folder: Folder) -> dict[str, Any]:
     """What the summary of the float run says of the data, if it is there yet."""
     known = folder.results() if folder.summary.exists() else {}
     return {key: known[key] for key in ("duplicates_across_splits",) if key in known}
@@ -307,12 +309,12 @@ def _check_layers(source: Source, settings: quant.Settings, options: Options) ->
 
 
 def _source(workdir: Path, rewrite: Callable[[tree.Tree], tree.Tree] | None = None) -> Source:
-    folder = run.Folder(workdir)
+    folder = Folder(workdir)
     if folder.whole() is not None:
         raise InputError(f"--workdir {workdir}: is quantised already; quantise the run that it was made from")
     config, weights = run.resolve(folder.config())
     dataset = folder.dataset(config)
-    built = run.build(config, dataset, weights)
+    built = build(config, dataset, weights)
     folder.open(config, dataset, built)
     with Checkpoints(folder.checkpoints, read_only=True) as checkpoints:
         trainable, step = checkpoints.restore_best(built.trainable)
@@ -361,14 +363,14 @@ def _config(config: Config, options: Options) -> Config:
 
 def _write(
     part: Path, source: Source, config: Config, params: tree.Tree, layers: dict[str, Layer], in_float: list[str]
-) -> tuple[run.Folder, run.Built, dict[str, Any]]:
+) -> tuple[Folder, Built, dict[str, Any]]:
     """Writes the run folder but for its summary; returns it with its program and its variables as they are stored."""
     if in_float:
         config = config.copy_and_resolve_references()
         exactly = f"^({'|'.join(map(re.escape, in_float))})$"
         config.quant.skip_layers = "|".join(filter(None, (config.quant.skip_layers, exactly)))
-    whole = run.whole_model(source.built.program, source.built.weights)
-    built = run.build(config, source.dataset, None, whole)
+    whole = whole_model(source.built.program, source.built.weights)
+    built = build(config, source.dataset, None, whole)
     size = config.data.image_size
     shapes = jax.eval_shape(built.program.model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))
     kept = {path: layer for path, layer in layers.items() if path not in in_float}
@@ -378,7 +380,7 @@ def _write(
         {path: layer.kernel for path, layer in kept.items()},
         {path: layer.bound for path, layer in kept.items()} if config.quant.static else None,
     )
-    folder = run.Folder(part)
+    folder = Folder(part)
     folder.open(config, source.dataset, built)
     with Checkpoints(folder.checkpoints) as checkpoints:
         checkpoints.save(State(jnp.int32(source.step), variables, {}), {}, [1.0])
@@ -454,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     given = vars(arguments.parse_args(argv))
     workdir, output = given.pop("workdir"), given.pop("output")
-    options = defaults(run.Folder(workdir).config())
+    options = defaults(Folder(workdir).config())
     stages = {name: given.pop(name) for name in list(given) if name in asdict(options.recipe)}
     quantize(workdir, output, replace(options, recipe=replace(options.recipe, **stages), **given))
 

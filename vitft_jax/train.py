@@ -33,11 +33,13 @@ from vitft_jax import (
     step,
     tree,
 )
+from vitft_jax.build import Built, build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.config import Config
 from vitft_jax.data import duplicates
 from vitft_jax.errors import InputError, Preempted, nearest
 from vitft_jax.evaluate import by_part, evaluate_split, fit_decision, outputs
+from vitft_jax.folder import Folder
 from vitft_jax.lock import Lock
 from vitft_jax.meter import LOG_EVERY, Meter
 from vitft_jax.preemption import Notice
@@ -60,7 +62,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     started = time.perf_counter()
     config, source = run.resolve(config)
     config, adapter = peft.resolve(config, source)
-    folder = run.Folder(workdir)
+    folder = Folder(workdir)
     if folder.whole() is not None:
         raise InputError(
             f"--workdir {workdir}: holds an int8 model that vitft_jax.quantize made, which does not train. To train adapters "
@@ -72,7 +74,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     _check_metric(config, dataset)
     figures.chosen(config, dataset)
     loggers.check(config)
-    built = run.build(config, dataset, source)
+    built = build(config, dataset, source)
     del source  # the base in float, of which an int8 base needs nothing any more
     if adapter is not None:
         built, fresh = peft.insert(built, adapter, dataset.classes)
@@ -161,9 +163,9 @@ class _NotFinite(InputError):
 def _fit_again(
     config: Config,
     dataset: data.Dataset,
-    built: run.Built,
+    built: Built,
     batches: data.Batches,
-    folder: run.Folder,
+    folder: Folder,
     checkpoints: Checkpoints,
 ) -> tuple[step.State, dict[str, float], int]:
     """`_fit`, which goes back to the newest checkpoint with half the learning rate up to ``train.nan_retries`` times.
@@ -190,9 +192,9 @@ def _fit_again(
 def _fit(
     config: Config,
     dataset: data.Dataset,
-    built: run.Built,
+    built: Built,
     batches: data.Batches,
-    folder: run.Folder,
+    folder: Folder,
     checkpoints: Checkpoints,
     halved: int,
 ) -> tuple[step.State, dict[str, float], int]:
@@ -274,7 +276,7 @@ def _fit(
     return state, {"train_images_per_second": meter.images_per_second, "steps": done}, loop["halved"]
 
 
-def _slower(config: Config, built: run.Built, halved: int) -> tuple[run.Built, Callable[[int], Any]]:
+def _slower(config: Config, built: Built, halved: int) -> tuple[Built, Callable[[int], Any]]:
     """The run with its learning rate halved so many times, and that rate by step."""
     config = config.copy_and_resolve_references()
     config.train.lr *= 0.5**halved
@@ -285,7 +287,7 @@ def _slower(config: Config, built: run.Built, halved: int) -> tuple[run.Built, C
     return built, optim.schedule(config, built.total_steps)
 
 
-def _ready_from(built: run.Built) -> int:
+def _ready_from(built: Built) -> int:
     """First step whose checkpoint may be the best."""
     return built.program.method.ready_from(built.total_steps)
 
@@ -293,7 +295,7 @@ def _ready_from(built: run.Built) -> int:
 def _validate(
     config: Config,
     dataset: data.Dataset,
-    built: run.Built,
+    built: Built,
     state: step.State,
     loop: dict[str, Any],
     log: loggers.Log,
@@ -339,7 +341,7 @@ def _check_metric(config: Config, dataset: data.Dataset) -> None:
         )
 
 
-def _headline(config: Config, dataset: data.Dataset, built: run.Built, workdir: Path) -> str:
+def _headline(config: Config, dataset: data.Dataset, built: Built, workdir: Path) -> str:
     sizes = ", ".join(f"{split} {len(dataset.indices(split))}" for split in data.SPLITS)
     p = built.parameters
     groups = "" if dataset.grouped else "; no groups (patients, videos) are known, so each image counts as one"

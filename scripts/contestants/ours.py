@@ -24,6 +24,7 @@ from contestants import (
 )  # fmt: skip
 from vitft_jax import config as configs
 from vitft_jax import data, methods, optim, run, runtime, step, tree, vit
+from vitft_jax.build import build as build_run
 
 
 def build(who: Label, options: argparse.Namespace) -> Built:
@@ -103,7 +104,7 @@ def default_run(who: Label, options: argparse.Namespace) -> Built:
     )
     if who.name == "ours":
         return Built(lambda: [next(batches) for _ in range(BATCHES_AT_ONCE)], {})
-    built = run.build(config, dataset, source)
+    built = build_run(config, dataset, source)
     batch: dict[str, Any] = {key: value for key, value in next(batches).items() if key != "index"}
     batches.close()
     holder = [step.init_state(built.program, built.trainable)]

@@ -14,11 +14,13 @@ from safetensors.numpy import load_file, save_file
 
 import vitft_jax
 from vitft_jax import decision, exported, hf_names, peft, predictor, run, tree
+from vitft_jax.build import build_for
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
 from vitft_jax.export import Options, export, hugging_face
 from vitft_jax.export import peft as peft_export
 from vitft_jax.export.__main__ import main
+from vitft_jax.folder import Folder
 from vitft_jax.methods import lora
 
 SKIP = {"skip.layers": (0,), "skip.drop_ratio": (0.5,)}
@@ -108,7 +110,7 @@ def test_a_model_without_skipping_is_the_run_without_skipping(root, image_folder
     best = run.best(root / "skip")
     config = best.config.copy_and_resolve_references()
     config.methods = ("lora",)
-    plain = run.build_for(config, best.task, run.resolve(config)[1])
+    plain = build_for(config, best.task, run.resolve(config)[1])
     without = predictor.of_model(config, plain, best.trainable, best.task, decision.read(root / "skip"), best.step)
     models = [vitft_jax.load(tmp_path / "hf"), without, vitft_jax.load(root / "skip")]
     found, expected, other = (model.predict(images(image_folder)).probabilities for model in models)
@@ -197,7 +199,7 @@ def test_load_refuses_what_is_damaged_or_has_another_base(root, tmp_path):
 
 def test_load_puts_an_adapter_on_its_own_base_alone(root, tmp_path):
     base = shutil.copytree(root / "base", tmp_path / "base")
-    config = run.Folder(root / "lora").config()
+    config = Folder(root / "lora").config()
     config.model.pretrained = str(base)
     exports.hand_made(tmp_path / "run", config)
     export(tmp_path / "run", tmp_path / "peft", "peft")

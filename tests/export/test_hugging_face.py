@@ -10,7 +10,8 @@ from peft_names import GOLDEN
 from safetensors.numpy import load_file, save_file
 from support import init, tiny
 
-from vitft_jax import hf_names, pretrained, report, run, tree, vit
+from vitft_jax import hf_names, pretrained, report, tree, vit
+from vitft_jax.build import ARCHITECTURE
 from vitft_jax.errors import InputError
 from vitft_jax.export import hugging_face, timm
 
@@ -86,7 +87,7 @@ def logits(model, params, images):
 def test_every_model_that_is_written_answers_as_before(name, tmp_path):
     model = tiny(**MODELS[name])
     params = {leaf: np.asarray(array) for leaf, array in tree.flatten(init(model)["params"]).items()}
-    arguments = {key: getattr(model, key) for key in run.ARCHITECTURE}
+    arguments = {key: getattr(model, key) for key in ARCHITECTURE}
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     expected = logits(model, params, images)
     family = hf_names.family_of(arguments)
@@ -111,7 +112,7 @@ def test_every_model_that_is_written_answers_as_before(name, tmp_path):
 def test_models_that_no_library_has():
     with pytest.raises(InputError, match="both a distillation token and LayerScale"):
         hf_names.family_of({"distilled": True, "layer_scale": True, "features": "cls"})
-    model = {key: getattr(tiny(features="mean", hidden=40), key) for key in run.ARCHITECTURE}
+    model = {key: getattr(tiny(features="mean", hidden=40), key) for key in ARCHITECTURE}
     with pytest.raises(InputError, match="whole multiples of its width 32, not 40"):
         hugging_face.config(model, "dinov2", exports.about())
 
@@ -139,7 +140,7 @@ def test_preprocessing_is_stated_or_said_not_to_be(tmp_path):
 
 @pytest.mark.parametrize(("width", "hidden"), [(192, 768), (48, 133), (100, 229), (32, 7)])
 def test_the_ratio_of_a_timm_mlp_is_exact(width, hidden):
-    model = {key: getattr(tiny(width=width, hidden=hidden), key) for key in run.ARCHITECTURE}
+    model = {key: getattr(tiny(width=width, hidden=hidden), key) for key in ARCHITECTURE}
     assert int(width * timm.config(model, exports.about())["model_args"]["mlp_ratio"]) == hidden
 
 

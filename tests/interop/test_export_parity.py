@@ -21,7 +21,9 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 import vitft_jax  # noqa: E402
 from vitft_jax import config as configs  # noqa: E402
 from vitft_jax import exported, hf_names, peft, pretrained, run, step  # noqa: E402
+from vitft_jax.build import build as build_run  # noqa: E402
 from vitft_jax.export import Options, export, hugging_face  # noqa: E402
+from vitft_jax.folder import Folder  # noqa: E402
 
 pytestmark = pytest.mark.interop
 ENCODER = {"lora.targets": "encoder", "lora.rank": 3, "lora.alpha": 5.0, "lora.rs": True}
@@ -87,8 +89,8 @@ def build(config):
     """The program and variables of a run before its first step, and why its head is fresh."""
     config, base = run.resolve(config)
     config, adapter = peft.resolve(config, base)
-    dataset = run.Folder(Path("nowhere")).dataset(config)
-    return peft.insert(run.build(config, dataset, base), adapter, dataset.classes)
+    dataset = Folder(Path("nowhere")).dataset(config)
+    return peft.insert(build_run(config, dataset, base), adapter, dataset.classes)
 
 
 def randomise(model):

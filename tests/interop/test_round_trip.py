@@ -103,12 +103,12 @@ def test_it_trains_and_quantises_twice_where_no_runs_are_given(script, image_fol
         "data.test_fraction": 0.2, "train.steps": 2, "train.batch_size": 4, "figures.count": 0,
     }  # fmt: skip
     runs = script.made(tmp_path, [f"{key}={value}" for key, value in changes.items()])
-    assert [script.kind_of(script.run.Folder(path).config()) for path in runs] == [
+    assert [script.kind_of(script.Folder(path).config()) for path in runs] == [
         "float",
         "int8",
         "int8, static ranges",
     ]
-    assert all(script.run.Folder(path).results()["best_step"] == 2 for path in runs)
+    assert all(script.Folder(path).results()["best_step"] == 2 for path in runs)
 
 
 def test_refusals(script, runs):

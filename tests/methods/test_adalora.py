@@ -13,9 +13,11 @@ from PIL import Image
 from support import init, randomised, tiny
 
 from vitft_jax import config as configs
-from vitft_jax import methods, optim, run, step, train, tree, vit
+from vitft_jax import methods, optim, step, train, tree, vit
+from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.methods import adalora, lora
 
 IMAGES = jax.random.normal(jax.random.key(7), (2, 16, 16, 3))
@@ -398,8 +400,8 @@ def test_a_run_cut_while_ranks_fall_ends_as_if_it_had_not_been(tiny_config, tmp_
     cut = train.train(tiny_config, tmp_path / "cut")
 
     states = []
-    for folder in (run.Folder(tmp_path / "whole"), run.Folder(tmp_path / "cut")):
-        built = run.build(tiny_config, folder.dataset(tiny_config), None)
+    for folder in (Folder(tmp_path / "whole"), Folder(tmp_path / "cut")):
+        built = build(tiny_config, folder.dataset(tiny_config), None)
         with Checkpoints(folder.checkpoints) as checkpoints:
             states.append(checkpoints.restore(step.init_state(built.program, built.trainable))[0])
     jax.tree.map(np.testing.assert_array_equal, *states)

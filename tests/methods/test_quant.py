@@ -14,7 +14,9 @@ from support import TINY, init, integer_dots, randomised, tiny
 import vitft_jax
 from vitft_jax import calibration, evaluate, methods, optim, quantizer, run, step, train, tree, vit
 from vitft_jax import config as configs
+from vitft_jax.build import build, trains
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.methods import quant
 
 IMAGES = jax.random.normal(jax.random.key(7), (2, 16, 16, 3))
@@ -44,7 +46,7 @@ def program_of(names=("quant",), trainable="^head", model=None, **changes):
     config = quant_config(names, trainable, **changes)
     method, model, variables, _ = quantised(names, trainable, model, **changes)
     program = step.Program(model, method, optim.optimizer(config, method, 20), (0.5,) * 3, (0.25,) * 3)
-    return program, *tree.split(variables, run._trains(config, method))
+    return program, *tree.split(variables, trains(config, method))
 
 
 def test_defaults_quantise_the_linear_layers_of_the_blocks_and_nothing_else():
@@ -260,7 +262,7 @@ def test_zeroed_float_kernels_change_nothing(image_folder, tmp_path):
     """Nothing that multiplies is float: neither what a run was built from, nor what may be left in its variables."""
     config, source = run.resolve(over_int8(image_folder, tmp_path))
     source = replace(source, params=jax.tree.map(np.array, source.params))  # which can be written to
-    dataset = run.Folder(tmp_path / "run").dataset(config)
+    dataset = Folder(tmp_path / "run").dataset(config)
 
     def zeroed(variables):
         """Float kernels of converted layers as zeros, in place where that can be."""
@@ -271,13 +273,13 @@ def test_zeroed_float_kernels_change_nothing(image_folder, tmp_path):
     def logits(built):
         return np.asarray(step.eval_step(built.trainable, built.frozen, BATCH["image"], program=built.program))
 
-    built = run.build(config, dataset, source)
+    built = build(config, dataset, source)
     before = logits(built)
     zeroed(source.params)
     for part in (built.trainable, built.frozen):
         zeroed(part)  # raises on a float kernel, since arrays of JAX cannot be written to
     np.testing.assert_array_equal(logits(built), before)
-    assert np.abs(logits(run.build(config, dataset, source)) - before).max() > 1e-2  # there was something to zero
+    assert np.abs(logits(build(config, dataset, source)) - before).max() > 1e-2  # there was something to zero
 
 
 def test_int8_base_of_a_large_model_has_the_bytes_that_the_formula_says():

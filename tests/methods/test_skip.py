@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from support import init, integer_dots, randomised, skipping, tiny
 
-from vitft_jax import attention, flops, methods, optim, run, step, tree, vit
+from vitft_jax import attention, flops, methods, optim, step, tree, vit
 from vitft_jax import config as configs
+from vitft_jax.build import trains
 from vitft_jax.errors import InputError
 from vitft_jax.methods import skip
 from vitft_jax.methods.skip import Skip, Split
@@ -318,7 +319,7 @@ def program(names, *overrides, depth=4):
     drawn = {name: randomised(variables[name]) for name in ("params", *method.collections)}
     variables = dict(method.prepare({**variables, **drawn}))
     program = step.Program(model, method, tx, (0.5,) * 3, (0.25,) * 3)
-    return program, *tree.split(variables, run._trains(config, method))
+    return program, *tree.split(variables, trains(config, method))
 
 
 def trained(built, trainable, frozen, steps):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from vitft_jax import decision, run, tree
+from vitft_jax.build import ARCHITECTURE
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.exported import About
@@ -55,7 +56,7 @@ class Source:
     @property
     def architecture(self) -> dict[str, Any]:
         """Arguments of `vit.ViT` that say what the model is."""
-        return {name: getattr(self.model, name) for name in run.ARCHITECTURE}
+        return {name: getattr(self.model, name) for name in ARCHITECTURE}
 
     def params(self, calibrated: bool = True) -> dict[str, np.ndarray]:
         """Leaves of `params` by name, float32, adapters merged; where `calibrated`, the heads divide by the temperature."""

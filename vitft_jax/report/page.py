@@ -5,9 +5,10 @@ Names of files and classes come from outside; `markup` escapes them, and the pag
 
 from pathlib import Path
 
-from vitft_jax import model_card, processes, run
+from vitft_jax import model_card, processes
 from vitft_jax.data import Dataset
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.report import conduct, examples, record, results, words
 from vitft_jax.report.files import optional, write_text
 from vitft_jax.report.markup import Html, join, outside, table, tag
@@ -145,7 +146,7 @@ def _images(found: Record, dataset: Dataset | None, images: bool) -> Html:
     if not images:
         return tag("p", "Images and names of files were left out on request.")
     try:
-        dataset = dataset or run.Folder(found.run).dataset(found.config)
+        dataset = dataset or Folder(found.run).dataset(found.config)
     except (InputError, OSError) as error:
         return tag("p", f"Images are not shown, as the data cannot be read here: {error}")
     return join(

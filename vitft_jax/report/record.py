@@ -12,8 +12,8 @@ from typing import Any
 from vitft_jax import config as configs
 from vitft_jax import data
 from vitft_jax.errors import InputError
+from vitft_jax.folder import Folder
 from vitft_jax.report.predictions import Predictions, read_predictions
-from vitft_jax.run import Folder
 
 _EVALUATIONS = "evaluations"
 _RESULTS = re.compile(r"results_(\w+)\.json")

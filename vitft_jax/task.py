@@ -1,0 +1,51 @@
+"""What a program needs to know of its data: classes, steps, and weights of the loss."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from vitft_jax import config as configs
+from vitft_jax import data
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a program needs to know of its data.
+
+    Attributes:
+        classes: Names.
+        multilabel: Whether an image has several labels.
+        total_steps: Optimiser steps of the run.
+        class_weights: Of the loss; () = all 1.
+    """
+
+    classes: tuple[str, ...]
+    multilabel: bool
+    total_steps: int
+    class_weights: tuple[float, ...] = ()
+
+
+def task_of(config: configs.Config, dataset: data.Dataset) -> Task:
+    """The task of a run that trains on `dataset`."""
+    weights = class_weights(dataset) if config.train.class_weights else ()
+    return Task(dataset.classes, dataset.multilabel, total_steps(config, len(dataset.indices("train"))), weights)
+
+
+def total_steps(config: configs.Config, train_images: int) -> int:
+    """Optimiser steps of a run on so many training images."""
+    return config.train.steps or math.ceil(config.train.epochs * math.ceil(train_images / config.train.batch_size))
+
+
+def class_weights(dataset: data.Dataset) -> tuple[float, ...]:
+    """Loss weights from the training split.
+
+    Classes are weighed by n / (C n_c), so the mean over the training images is 1; the positives of a label by
+    negatives / positives.
+    """
+    labels = dataset.labels[dataset.indices("train")]
+    if dataset.multilabel:
+        positives = labels.sum(axis=0)
+        return tuple(((len(labels) - positives) / positives).tolist())
+    counts = np.bincount(labels, minlength=len(dataset.classes))
+    return tuple((len(labels) / (len(counts) * counts)).tolist())
