@@ -13,18 +13,21 @@ library draws for fresh adapters, and arithmetic.
 Each run is a process. Its folder gets predictions_test.csv and race.json: seconds per step, input included and the first step
 left out, and the peak memory of the process, evaluation included (the peer's imports JAX too, for the input pipeline and the
 metrics). A run that is there is not repeated. The table gives means over the seeds with their range, and paired differences
-with 95 % bootstrap intervals (seeds.pooled_change). Needs the extra `interop`.
+with 95 % bootstrap intervals (seeds.pooled_change); with --publish FOLDER it also goes to NAME.md there, NAME being that of
+--output. Needs the extra `interop`.
 """
 
 import argparse
 import json
 import math
+import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--output", required=True, type=Path, help="folder of the runs")
     arguments.add_argument("--methods", default="lora", help=f"of {', '.join(METHODS)}")
     arguments.add_argument("--seeds", default="0,1,2")
+    arguments.add_argument("--publish", type=Path, metavar="FOLDER", help="write the table there too")
     arguments.add_argument("--one", help=argparse.SUPPRESS)
     options, overrides = cli.parse_with_overrides(arguments, argv, "--config.train.epochs=2")
     chosen = options.methods.split(",")
@@ -236,7 +240,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     sys.exit(code)
         lines += table(options.output, method, numbers)
     head = ("method", "", "accuracy", "AUROC", "ms a step", "peak MiB")
-    print("\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines]))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft"))
+    where = f"{report.cpu()}, Python {platform.python_version()}, {versions}."
+    text = "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *lines, "", where])
+    print(text)
+    if options.publish:
+        options.publish.mkdir(parents=True, exist_ok=True)
+        report.write_text(options.publish / f"{options.output.absolute().name}.md", f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Prints a table of the arms of that sweep, and what of the targets each reaches. 
 95 % interval, its change that from the first arm on the same images, seed by seed (see seeds.py); bytes are those of the arrays
 of the model, FLOPs those of one image. For the speed the models of one seed and transformers, which runs the first arm's model
 in float32, take turns on this machine (see contest.py): images per second, the median of the rounds with its quartiles, and
-the ratio to transformers round by round. Needs the extra `interop`; --no-race leaves the speed out.
+the ratio to transformers round by round. Needs the extra `interop`; --no-race leaves the speed out. With --publish FOLDER all
+of it also goes to NAME_speed.md there, NAME being that of the folder of runs.
 """
 
 import argparse
@@ -154,12 +155,12 @@ def table(arms: Sequence[Arm], speeds: dict[str, list[float]], metric: str) -> l
         lines.append(f"| {' | '.join(cells)} |")
         if arm is not full:
             reached.append(
-                f"{arm.name}: " + ", ".join(f"{name} {'yes' if is_so else 'no'}" for name, is_so in found.items())
+                f"- {arm.name}: " + ", ".join(f"{name} {'yes' if is_so else 'no'}" for name, is_so in found.items())
             )
     targets = (
         f"Targets: trains below {TARGETS['trainable']:g} %, at most {TARGETS['bytes']:g}x the bytes of {full.name}, "
     )
-    return [*lines, "", targets + f"at least {TARGETS['speed']:g}x the images/s of {PEER}.", *reached]
+    return [*lines, "", targets + f"at least {TARGETS['speed']:g}x the images/s of {PEER}.", "", *reached]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -174,16 +175,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--rounds", type=int, default=9)
     arguments.add_argument("--steps", type=int, default=3, help="timed in a turn; the round counts their median")
     arguments.add_argument("--no-race", dest="race", action="store_false", help="leave the speed out")
+    arguments.add_argument("--publish", type=Path, metavar="FOLDER", help="write what is printed there too")
     arguments.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = arguments.parse_args(argv)
     if options.serve:
         return serve(options.folder, options)
     arms = [read(options.folder, name) for name in options.arms]
     speeds = race(options.folder, arms, options) if options.race else {}
+    lines = table(arms, speeds, options.metric)
     if speeds:
-        print(f"{report.cpu()}; Python {platform.python_version()}, jax {jax.__version__}; batch {options.batch}, "
-              f"{options.rounds} rounds\n")  # fmt: skip
-    print(*table(arms, speeds, options.metric), sep="\n")
+        where = f"{report.cpu()}; Python {platform.python_version()}, jax {jax.__version__}"
+        lines += ["", f"Batch {options.batch}, {options.rounds} rounds; {where}."]
+    print(*lines, sep="\n")
+    if options.publish:
+        options.publish.mkdir(parents=True, exist_ok=True)
+        report.write_text(options.publish / f"{options.folder.absolute().name}_speed.md", "\n".join(lines) + "\n")
     return None
 
 

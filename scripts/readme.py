@@ -122,7 +122,7 @@ class Rows:
 
 
 class Page:
-    """Tables that scripts/sweep.py --publish wrote, as they are."""
+    """Tables that a script wrote with --publish, as they are."""
 
     def __init__(self, text: str) -> None:
         self.tables = text.strip()

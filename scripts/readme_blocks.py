@@ -21,10 +21,17 @@ SWEEPS = {  # by the name of what it publishes: its file in configs/sweeps, and 
     "chain_demo": ("chain_demo", ""),
     "chain_busi": ("chain", " $BUSI --set seed=0"),
 }
+RACES = {  # by the name of what it publishes: its command, as above
+    "chain_busi_speed": "chain.py runs/chain_busi",
+    "chain_demo_speed": "chain.py runs/chain_demo",
+    "race": "accuracy_race.py --output runs/race --methods lora,adalora,full --seeds 0,1,2",
+}
 
 
 def command(alias: str) -> str:
-    """What makes a file of a benchmark or a sweep."""
+    """What makes a file of a benchmark, a sweep or a race."""
+    if alias in RACES:
+        return f"python scripts/{RACES[alias]} --publish docs/results"
     if alias in SWEEPS:
         file, sets = SWEEPS[alias]
         return f"python scripts/sweep.py configs/sweeps/{file}.toml --output runs/{alias}{sets} --publish docs/results"
@@ -242,3 +249,5 @@ BLOCKS = {
 
 for _name in SWEEPS:
     BLOCKS[_name] = Block({_name: f"{_name}.md"}, [f"{{{_name}:text}}", "", f"![{_name}](results/{_name}.png)"])
+for _name in RACES:
+    BLOCKS[_name] = Block({_name: f"{_name}.md"}, [f"{{{_name}:text}}"])

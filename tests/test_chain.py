@@ -38,8 +38,11 @@ def test_a_row_follows_the_chain(runs, capsys, monkeypatch):
     arms = ["full", "LoRA-skipping", "int8"]
     speeds = {"transformers": [2.0, 4.0], "full": [3.0, 5.0], "LoRA-skipping": [6.0, 12.0], "int8": [14.0, 28.0]}
     monkeypatch.setattr(chain, "race", lambda folder, arms, options: speeds)
-    chain.main([str(runs), "--arms", *arms])
+    chain.main([str(runs), "--arms", *arms, "--publish", str(runs / "docs")])
     shown = capsys.readouterr().out.splitlines()
+    assert (runs / "docs" / f"{runs.name}_speed.md").read_text().splitlines() == shown
+    assert shown[-1].startswith("Batch 32, 9 rounds; ")
+    shown = shown[:-2]
     head, _, peer, *rows = [line[2:-2].split(" | ") for line in shown if line.startswith("|")]
     full, _, int8 = (dict(zip(head, row, strict=True)) for row in rows)
     assert peer[-2].startswith("3.0")
@@ -52,7 +55,7 @@ def test_a_row_follows_the_chain(runs, capsys, monkeypatch):
     assert full["change from full"] == ""
     own = seeds.pooled([runs / "int8_seed0"])["accuracy"]["value"]
     within = own >= seeds.pooled([runs / "full_seed0", runs / "full_seed1"])["accuracy"]["low"]
-    assert shown[-1].startswith("int8: trainable yes, bytes yes, accuracy not below the interval of full ")
+    assert shown[-1].startswith("- int8: trainable yes, bytes yes, accuracy not below the interval of full ")
     assert shown[-1].endswith(f"full {'yes' if within else 'no'}, speed yes")
     assert "bytes no" in shown[-2]
     assert "speed no" in shown[-2]
