@@ -25,12 +25,12 @@ import contest
 import jax
 import numpy as np
 import seeds
+from sweep_progress import STATUS
 
 from vitft_jax import cli, report
 from vitft_jax.errors import InputError
 from vitft_jax.export import export
 
-ARMS = ("full", "LoRA-skipping", "int8", "int8-static")
 TARGETS = {"trainable": 1.0, "bytes": 0.27, "speed": 6.0}
 """Below so many percent of the parameters, at most so many times the bytes of the first arm, at least so many times the images
 per second of transformers."""
@@ -54,6 +54,19 @@ class Arm:
     trainable: float
     bytes: int
     flops: float
+
+
+def arms_of(folder: Path) -> list[str]:
+    """Beginnings of the names of a sweep's runs, in its order.
+
+    Raises:
+        InputError: No sweep was started there.
+    """
+    try:
+        status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{folder}: no sweep was started there; scripts/sweep.py makes one, or give --arms") from None
+    return list(dict.fromkeys(name.rpartition("_seed")[0] for name in status["runs"]))
 
 
 def read(folder: Path, name: str) -> Arm:
@@ -168,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("folder", type=Path, help="of the sweep's runs")
     arguments.add_argument(
-        "--arms", nargs="+", default=ARMS, help="beginnings of the runs' names; the first is compared with"
+        "--arms", nargs="+", help="beginnings of the runs' names (default: all); the first is compared with"
     )
     arguments.add_argument("--metric", default="accuracy")
     arguments.add_argument("--batch", type=int, default=32)
@@ -180,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments.parse_args(argv)
     if options.serve:
         return serve(options.folder, options)
-    arms = [read(options.folder, name) for name in options.arms]
+    arms = [read(options.folder, name) for name in options.arms or arms_of(options.folder)]
     speeds = race(options.folder, arms, options) if options.race else {}
     lines = table(arms, speeds, options.metric)
     if speeds:

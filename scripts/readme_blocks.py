@@ -15,6 +15,7 @@ COMMANDS = {  # a file of a benchmark, without its ending: what makes it
 }
 SWEEPS = {  # by the name of what it publishes: its file in configs/sweeps, and what its command adds ($BUSI: docs/results.md)
     "methods_demo": ("methods_demo", ""),
+    "methods_busi": ("methods", " $BUSI --set dtype=bfloat16 --set QAT:train.epochs=2 --set seed=0"),
     "rank_attention_vit": ("rank_attention_vit", " --set train.lr=1e-3"),
     "rank_encoder_vit": ("rank_encoder_vit", " --set train.lr=1e-3"),
     "multilabel": ("multilabel", ""),

@@ -62,6 +62,11 @@ def test_a_row_follows_the_chain(runs, capsys, monkeypatch):
 
 
 def test_what_is_missing_is_named(runs, capsys):
+    with pytest.raises(InputError, match="no sweep was started there"):
+        chain.main([str(runs), "--no-race"])
+    names = ("full_seed0", "int8_seed0", "int8-static_seed0", "full_seed1")
+    (runs / "status.json").write_text(json.dumps({"runs": dict.fromkeys(names, "done")}))
+    assert chain.arms_of(runs) == ["full", "int8", "int8-static"]
     with pytest.raises(InputError, match="no finished run int8-static_seed0"):
         chain.main([str(runs), "--no-race"])
     with pytest.raises(InputError, match="--metric acuracy: the task has accuracy"):
