@@ -144,7 +144,7 @@ def test_a_run_becomes_an_int8_run_that_needs_no_other_weights(trained, tmp_path
     assert told["layers"]["blocks_0/mlp/fc2"]["alpha"] is None
     assert "sensitivity" in told["layers"]["blocks_0/mlp/fc2"]
 
-    monkeypatch.setattr(run, "_initial", None)  # no weights but those of the checkpoint
+    monkeypatch.setattr("vitft_jax.build._initial", None)  # no weights but those of the checkpoint
     monkeypatch.setattr(run.pretrained, "load", None)
     before = (output / "predictions_test.csv").read_bytes()
     (output / "predictions_test.csv").unlink()
