@@ -5,8 +5,8 @@
 
 The runs are seeds of one row. A cell is the mean over them with their range; the change from the float runs, on the same
 images, has a 95 % bootstrap interval of that mean, resampled by group, jointly in all seeds. MB are the arrays of the
-weights, and the whole checkpoint. Images per second are those of the evaluation, with reading images, beside those of the float
-model in the same command. What was quantised before, in the folder of `--output`, is not quantised again.
+weights, and the whole checkpoint. What was quantised before, in the folder of `--output`, is not quantised again. For speeds
+give the runs that it makes to scripts/accuracy_speed.py, which times them side by side.
 
 Rows that begin with "planted" are of the same runs with outliers planted in every LayerNorm. In float these change nothing,
 as the first of the rows shows; the others say what becomes of them in int8.
@@ -14,7 +14,6 @@ as the first of the rows shows; the others say what becomes of them in int8.
 
 import argparse
 import json
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -64,10 +63,7 @@ STAGES = {
 """Rows of the table; the fourth is what vitft_jax.quantize does by default. Ranges are per token where they are not static."""
 HEAD = (
     "stages", "accuracy", "AUROC", "change of accuracy, points", "agreement, %", "divergence, nats", "MB", "MB on disk",
-    "images/s", "of float",
 )  # fmt: skip
-
-SPEEDS = ("eval_images_per_second", "float_eval_images_per_second")  # None where all images are one batch
 
 
 def _summaries(runs: Sequence[Path]) -> list[dict[str, Any]]:
@@ -120,7 +116,6 @@ def row(name: str, before: Sequence[Path], after: Sequence[Path]) -> str:
             cell(lambda s: s["method"]["compared"]["test"]["divergence"], ".1e"),
             cell(lambda s: s["bytes"]["arrays"] / 1e6, ".1f"),
             cell(lambda s: s["bytes"]["checkpoint"] / 1e6, ".1f"),
-            *(cell(lambda s, k=k: s["timing"][k] or math.nan, ".1f") for k in SPEEDS),
         ],
     )
 
