@@ -235,7 +235,7 @@ def shaken(best: run.Best) -> run.Best:
     return replace(best, trainable=tree.map_named(leaf, best.trainable), built=replace(best.built, frozen=frozen))
 
 
-def rows_of(workdir: Path, folder: Path, split: str) -> list[Row]:
+def rows_of(workdir: Path, folder: Path, split: str, formats: Sequence[str]) -> list[Row]:
     """The rows of one run, whose exports come into `folder`; formats that cannot express it are left out, and said."""
     best = run.best(workdir, devices=1)
     config, kind = best.config, kind_of(best.config)
@@ -271,7 +271,7 @@ def rows_of(workdir: Path, folder: Path, split: str) -> list[Row]:
         rows.append(
             row("the run", f"vitft_jax, changed by {SHAKE:g}", lambda _, x: other.probabilities(x), size, exact)
         )
-    for format, openers in OPENERS.items():
+    for format, openers in ((name, OPENERS[name]) for name in formats):
         place = folder / format
         try:
             export(workdir, place, format)
@@ -308,16 +308,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = cli.parser(__doc__, "python scripts/round_trip.py runs/busi_lora_qkv_[012] --split all")
     arguments.add_argument("runs", nargs="*", type=Path, help="none: trains one, and makes two int8 runs of it")
     arguments.add_argument("--split", default="test", help=f"{', '.join(data.SPLITS)} or {ALL} (default: %(default)s)")
+    arguments.add_argument("--formats", nargs="+", default=list(OPENERS), metavar="FORMAT", help="default: all")
     options, overrides = cli.parse_with_overrides(arguments, argv, "--config.seed=1, of the run that it trains")
     if options.split not in (*data.SPLITS, ALL):
         raise InputError(f"--split {options.split}: {nearest(options.split, (*data.SPLITS, ALL))}")
+    if unknown := [name for name in options.formats if name not in OPENERS]:
+        raise InputError(f"--formats {unknown[0]}: {nearest(unknown[0], OPENERS)}")
     if options.runs and overrides:
         raise InputError(f"--config.{overrides[0]}: is for the run that is trained here, and runs are given")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         runs = options.runs or made(place, overrides)
         places = (place / f"exports_{i}" for i in range(len(runs)))
-        rows = pooled(row for pair in zip(runs, places, strict=True) for row in rows_of(*pair, options.split))
+        rows = pooled(
+            row for pair in zip(runs, places, strict=True) for row in rows_of(*pair, options.split, options.formats)
+        )
     print("\n".join([HEAD, *(row.cells() for row in rows)]), flush=True)
     missed = [row.missed() for row in rows if row.format != "the run" and row.missed()]
     for line in missed:

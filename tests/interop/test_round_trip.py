@@ -114,6 +114,8 @@ def test_it_trains_and_quantises_twice_where_no_runs_are_given(script, image_fol
 def test_refusals(script, runs):
     with pytest.raises(InputError, match="--split tests: did you mean 'test'"):
         script.main([str(runs / "lora_0"), "--split=tests"])
+    with pytest.raises(InputError, match="--formats onyx: did you mean 'onnx'"):
+        script.main([str(runs / "lora_0"), "--formats", "hf", "onyx"])
     with pytest.raises(InputError, match=r"--config\.seed=1: is for the run that is trained here"):
         script.main([str(runs / "lora_0"), "--config.seed=1"])
     with pytest.raises(InputError, match="no run here"):
