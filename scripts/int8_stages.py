@@ -26,8 +26,9 @@ import seeds
 
 from vitft_jax import cli, runtime
 from vitft_jax.errors import InputError, nearest
+from vitft_jax.ptq.options import Options
 from vitft_jax.ptq.recipe import Recipe
-from vitft_jax.quantize import Options, quantize
+from vitft_jax.quantize import quantize
 
 FACTORS = (1024.0, 512.0, 256.0)
 """Of the planted outliers: powers of two, so that planting them is exact in any float."""

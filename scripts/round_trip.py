@@ -35,8 +35,9 @@ from vitft_jax.export import export
 from vitft_jax.exported import About
 from vitft_jax.folder import Folder
 from vitft_jax.predictor import Predictor
+from vitft_jax.ptq.options import Options
 from vitft_jax.ptq.recipe import Recipe
-from vitft_jax.quantize import Options, quantize
+from vitft_jax.quantize import quantize
 from vitft_jax.train import train
 
 BATCH = 16

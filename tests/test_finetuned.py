@@ -13,6 +13,7 @@ from vitft_jax import decision, evaluate, quantize, run, train, vit
 from vitft_jax.build import build
 from vitft_jax.errors import InputError
 from vitft_jax.folder import Folder
+from vitft_jax.ptq.options import Options
 from vitft_jax.ptq.recipe import Recipe
 
 
@@ -103,7 +104,7 @@ def test_refusals(first, tmp_path):
         run.resolve(second(first, **{"model.revision": "main"}))
     with pytest.raises(InputError, match="is no vit_base_patch16"):
         run.resolve(second(first, **{"model.name": "vit_base_patch16"}))
-    quantize.quantize(first, tmp_path / "int8", quantize.Options(Recipe(smooth=False), sensitivity_images=0))
+    quantize.quantize(first, tmp_path / "int8", Options(Recipe(smooth=False), sensitivity_images=0))
     with pytest.raises(InputError, match="int8 model; give the run that it was made from"):
         run.resolve(second(tmp_path / "int8"))
     shutil.copytree(first, tmp_path / "empty")

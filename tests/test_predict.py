@@ -15,6 +15,7 @@ from vitft_jax import config as configs
 from vitft_jax import decision, inputs, predict, quantize, sheets, step, train, vit
 from vitft_jax.decision import Decision
 from vitft_jax.errors import InputError
+from vitft_jax.ptq.options import Options
 from vitft_jax.ptq.recipe import Recipe
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")
@@ -48,7 +49,7 @@ def runs(image_folder, tmp_path_factory):
         train.train(config_for(root / "images"), root / "one")
         several = {"data.table": "labels.csv", "data.labels": ("visible", "bright"), "train.class_weights": True}
         train.train(config_for(root / "images", **several), root / "several")
-        quantize.quantize(root / "one", root / "int8", quantize.Options(Recipe(smooth=False), sensitivity_images=0))
+        quantize.quantize(root / "one", root / "int8", Options(Recipe(smooth=False), sensitivity_images=0))
         second = config_for(root / "images", **{"methods": (), "model.name": "", "model.pretrained": str(root / "one")})
         train.train(second, root / "second")
     shutil.rmtree(root / "images")

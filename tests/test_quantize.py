@@ -33,9 +33,10 @@ from vitft_jax.folder import Folder
 from vitft_jax.lock import Lock
 from vitft_jax.methods import quant
 from vitft_jax.ptq import gate, observe, simulate
+from vitft_jax.ptq.options import Options
 from vitft_jax.ptq.recipe import Recipe
 
-FAST = quantize.Options(Recipe(smooth=False), sensitivity_images=0)
+FAST = Options(Recipe(smooth=False), sensitivity_images=0)
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +171,7 @@ def test_the_gate_keeps_the_most_sensitive_layers_in_float(trained, tmp_path, mo
     other = tmp_path / "other"  # all but the first image of each class
     shutil.copytree(Folder(trained).config().data.path, other, ignore=lambda *_: {"0.png"})
     recipe = Recipe(smooth=False, static="mse")
-    options = quantize.Options(recipe, attention=True, calibration=str(other), max_drop=0.5)
+    options = Options(recipe, attention=True, calibration=str(other), max_drop=0.5)
     summary = quantize.quantize(trained, tmp_path / "int8", options)
     assert next(drops, None) is None
     assert summary["method"]["float_layers"] == order
@@ -203,7 +204,7 @@ def test_every_method_becomes_an_int8_run(image_folder, tmp_path, method, labels
         config.data.update(table=str(tmp_path / "labels.csv"), labels=labels)
         (tmp_path / "labels.csv").write_text("\n".join(["path,bright,mid", *rows]))
     train.train(config, tmp_path / "float")
-    summary = quantize.quantize(tmp_path / "float", tmp_path / "int8", quantize.Options(sensitivity_images=0))
+    summary = quantize.quantize(tmp_path / "float", tmp_path / "int8", Options(sensitivity_images=0))
     _, variables = stored(tmp_path / "int8")
     assert len(integer_kernels(variables)) == 12
     assert set(variables) == {"params", "quant"}  # no adapter

@@ -9,14 +9,13 @@ A run that trained with int8 products over a float base (`configs/qat.py`) becom
 `config.quant`, its static ranges and none of the stages, unless flags say otherwise. docs/int8.md says what to use when.
 """
 
-import argparse
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,58 +36,11 @@ from vitft_jax.lock import Lock
 from vitft_jax.methods import quant
 from vitft_jax.ptq import gate, ranges, simulate
 from vitft_jax.ptq.gate import Simulation
-from vitft_jax.ptq.recipe import Recipe
+from vitft_jax.ptq.options import Options, add_flags, changed, check, defaults, trained_in_int8
 from vitft_jax.ptq.recipe import run as quantise
 from vitft_jax.ptq.simulate import Layer
 from vitft_jax.report import page
 from vitft_jax.step import Program, State
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to do.
-
-    Attributes:
-        recipe: Stages.
-        bits: Of kernels, 8 or 4.
-        weight_only: Leaves activations in float.
-        attention: Also the products of attention in int8.
-        skip_layers: Regex on paths of linear layers that stay in float; '' for none.
-        images: Calibration images.
-        calibration: Where they come from, see `calibration.images_from`: the training split there; '' = that of the run.
-        max_drop: Percentage points that the first metric (accuracy) may fall on the validation split: the most sensitive
-            layers stay in float until it falls no further. None for no limit.
-        sensitivity_images: Images on which every layer is left out once; 0 to leave that away.
-    """
-
-    recipe: Recipe = field(default_factory=Recipe)
-    bits: int = 8
-    weight_only: bool = False
-    attention: bool = False
-    skip_layers: str = "^(embed|head)"
-    images: int = calibration.IMAGES
-    calibration: str = ""
-    max_drop: float | None = None
-    sensitivity_images: int = 32
-
-
-def defaults(config: Config) -> Options:
-    """What is done with a run of this config unless told otherwise: one that trained in int8 becomes what it trained to be."""
-    if not _trained_in_int8(config):
-        return Options()
-    settings = quant.settings_of(config)
-    return Options(
-        Recipe(smooth=False, clip=False, correct=False, static=ranges.TRAINED if settings.static else ""),
-        bits=settings.bits,
-        weight_only=settings.weight_only,
-        attention=settings.attention,
-        skip_layers=settings.skip_layers,
-    )
-
-
-def _trained_in_int8(config: Config) -> bool:
-    """Whether the products of a run were int8 over kernels that are float."""
-    return "quant" in config.methods and config.quant.base == "float"
 
 
 @dataclass(frozen=True)
@@ -151,7 +103,9 @@ def quantize(
     """
     started = time.perf_counter()
     options = defaults(Folder(workdir).config()) if options is None else options
-    _check(output, options)
+    if output.exists():
+        raise InputError(f"--output {output}: exists already; choose another, or delete it")
+    check(options)
     with _workplace(output) as part:
         source = _source(workdir, rewrite)
         config = _config(source.config, options)
@@ -262,37 +216,6 @@ def _of_source(folder: Folder) -> dict[str, Any]:
     return {key: known[key] for key in ("duplicates_across_splits",) if key in known}
 
 
-def _check(output: Path, options: Options) -> None:
-    """Refuses what can be seen to be wrong before anything is read."""
-    if output.exists():
-        raise InputError(f"--output {output}: exists already; choose another, or delete it")
-    if options.max_drop is not None and not (options.max_drop >= 0 and options.sensitivity_images):
-        raise InputError(
-            f"--max_drop {options.max_drop} with --sensitivity_images {options.sensitivity_images}: the limit is at least "
-            "0, and which layers are sensitive must be measured"
-        )
-    if options.images < calibration.FEWEST or options.sensitivity_images < 0:
-        raise InputError(
-            f"--images {options.images} --sensitivity_images {options.sensitivity_images}: at least "
-            f"{calibration.FEWEST} and 0"
-        )
-    if options.bits not in (4, 8):
-        raise InputError(f"--bits {options.bits}: 8 or 4")
-    static = options.recipe.static
-    if static and options.weight_only:
-        raise InputError(f"--static {static} with --weight_only: ranges are of activations, which stay in float")
-    if options.attention and options.weight_only:
-        raise InputError("--attention with --weight_only: its products are of activations, which stay in float")
-    if static and static != ranges.TRAINED:
-        ranges.share(static)
-    if static == ranges.TRAINED and options.recipe.smooth:
-        raise InputError(f"--smooth with --static {static}: smoothing changes what the ranges are of; use --static mse")
-    try:
-        re.compile(options.skip_layers)
-    except re.error as error:
-        raise InputError(f"--skip_layers {options.skip_layers!r}: no regex: {error}") from None
-
-
 def _check_layers(source: Source, settings: quant.Settings, options: Options) -> None:
     """Refuses a model of which nothing is quantised, or of which a range that was trained is missing."""
     paths = [name.removesuffix("/kernel") for name in tree.flatten(source.params) if name.endswith("/kernel")]
@@ -322,7 +245,7 @@ def _source(workdir: Path, rewrite: Callable[[tree.Tree], tree.Tree] | None = No
     if "quant" in config.methods:
         _say(
             f"{workdir}: trained with int8 products; the float model below is its kernels without them"
-            if _trained_in_int8(config)
+            if trained_in_int8(config)
             else f"{workdir}: its base is int8 already ({config.quant.bits} bits): kernels are dequantised, adapters merged, "
             "and the sums quantised again by the flags of this command, not by the config of the run"
         )
@@ -423,42 +346,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = cli.parser(__doc__, "python -m vitft_jax.quantize --workdir runs/lora --output runs/lora_int8")
     arguments.add_argument("--workdir", required=True, type=Path, help="the folder of a trained run")
     arguments.add_argument("--output", required=True, type=Path, help="the folder to make")
-    plain = Options()
-
-    def flag(name: str, text: str, **how: Any) -> None:
-        """A flag that is absent unless given, since its default depends on the run."""
-        arguments.add_argument(name, default=argparse.SUPPRESS, help=text, **how)
-
-    switch = argparse.BooleanOptionalAction
-    flag("--images", f"calibration images (default: {plain.images})", type=int)
-    flag("--calibration", "folder, CSV table or .npz file of which the training split calibrates (default: the run's)")
-    flag(
-        "--smooth",
-        "smoothing folds with a search for alpha (default: yes, but not of a run that trained in int8)",
-        action=switch,
-    )
-    flag("--clip", "search for where kernels saturate (default: as --smooth)", action=switch)
-    flag("--correct", "bias correction (default: as --smooth)", action=switch)
-    flag(
-        "--static",
-        f"static ranges: mse, max, a percentile or {ranges.TRAINED} (default: per token; of a run that trained with static "
-        f"ranges, {ranges.TRAINED})",
-    )
-    flag("--bits", f"of kernels, 8 or 4 (default: {plain.bits}, or as trained)", type=int)
-    flag("--weight_only", "activations stay in float (default: no, or as trained)", action=switch)
-    flag("--attention", "also the products of attention in int8 (default: no, or as trained)", action=switch)
-    flag("--skip_layers", f"regex on layers that stay in float (default: {plain.skip_layers}, or as trained)")
-    flag("--max_drop", "points that validation accuracy may fall; sensitive layers stay in float for it", type=float)
-    flag(
-        "--sensitivity_images",
-        f"images on which each layer is left out once, 0 for not (default: {plain.sensitivity_images})",
-        type=int,
-    )
+    add_flags(arguments)
     given = vars(arguments.parse_args(argv))
     workdir, output = given.pop("workdir"), given.pop("output")
-    options = defaults(Folder(workdir).config())
-    stages = {name: given.pop(name) for name in list(given) if name in asdict(options.recipe)}
-    quantize(workdir, output, replace(options, recipe=replace(options.recipe, **stages), **given))
+    quantize(workdir, output, changed(defaults(Folder(workdir).config()), given))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ from vitft_jax.export import export, onnx_graph
 from vitft_jax.export import onnx as onnx_export
 from vitft_jax.methods import quant
 from vitft_jax.methods.skip import Skip, Split
+from vitft_jax.ptq.options import Options
 from vitft_jax.ptq.recipe import Recipe
-from vitft_jax.quantize import Options, quantize
+from vitft_jax.quantize import quantize
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

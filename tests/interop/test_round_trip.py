@@ -11,7 +11,8 @@ for package in ("torch", "transformers", "peft", "timm", "onnx", "onnxruntime"):
 
 from vitft_jax.decision import Decision  # noqa: E402
 from vitft_jax.errors import InputError  # noqa: E402
-from vitft_jax.quantize import Options, quantize  # noqa: E402
+from vitft_jax.ptq.options import Options  # noqa: E402
+from vitft_jax.quantize import quantize  # noqa: E402
 
 pytestmark = pytest.mark.interop
 
