@@ -45,7 +45,8 @@ TASKS = {  # task: labels of its contestants, the one that is compared with the 
     "lora": ("ours", "int8_lora/ours", "peft"),
     "full": ("ours", "qat/ours", "transformers"),
     "adalora": ("ours", "lora", "peft"),  # step, all with rank 12 on query, key and value
-    "int8": ("ours", "float", "torch", "onnx"),  # forward: int8 kernels, dynamic ranges; our float; peers' dynamic int8
+    # forward: int8 kernels, with dynamic and with static ranges; our float; peers' dynamic int8
+    "int8": ("ours", "ours_static", "float", "torch", "onnx"),
     "export": (
         "dynamic",
         "static",
@@ -55,6 +56,7 @@ TASKS = {  # task: labels of its contestants, the one that is compared with the 
     ),  # our ONNX graphs; our int8 in JAX; the peer's
     "inference": (
         "int8/ours",
+        "int8/ours_static",
         "forward/ours",
         "forward/ours:bfloat16",
         "forward/transformers",

@@ -169,6 +169,7 @@ BLOCKS = {
                 _inference("ours, float32", "forward/ours"),
                 _inference("ours, bfloat16", "forward/ours:bfloat16"),
                 _inference("ours, int8, a scale per token", "int8/ours"),
+                _inference("ours, int8, static ranges", "int8/ours_static"),
                 _inference("transformers, float32", "forward/transformers"),
                 _inference("transformers, bfloat16", "forward/transformers:bfloat16"),
                 _inference("transformers, torch.compile, float32", "forward/compiled"),

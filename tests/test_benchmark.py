@@ -22,8 +22,8 @@ from vitft_jax.errors import InputError
 SHAPE = {**TINY, "patch": 16}
 OPTIONS = argparse.Namespace(model="tiny_test", size=32, batch=2, dtype="float32", shape=SHAPE)
 MINE = [("forward", "ours"), ("lora", "ours"), ("full", "ours"), ("adalora", "ours"), ("adalora", "lora"), ("int8", "ours"),
-        ("int8", "float"), ("int8_lora", "ours"), ("int8_lora", "float"), ("qat", "ours"), ("qat", "float"),
-        ("skip_1", "dense"), ("skip_1", "prune"), ("skip_lora", "rejoin")]  # fmt: skip
+        ("int8", "ours_static"), ("int8", "float"), ("int8_lora", "ours"), ("int8_lora", "float"), ("qat", "ours"),
+        ("qat", "float"), ("skip_1", "dense"), ("skip_1", "prune"), ("skip_lora", "rejoin")]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def compiled(task, name):
 def test_int8_products_are_where_the_task_says_and_nowhere_else(shallow, task, name):
     program, trainable = compiled(task, name)
     has = bool(integer_dots(program))
-    assert has == (task in ("int8", "int8_lora", "qat") and name == "ours")
+    assert has == (task in ("int8", "int8_lora", "qat") and name != "float")
     assert benchmark.dtype_of(Label(task, name, "float32")) == ("int8" if has else "float32")
     whole = task in ("full", "qat")
     assert any("fc1/kernel" in leaf for leaf in tree.flatten(trainable)) == whole
@@ -66,6 +66,17 @@ def test_a_contestant_of_ours_steps(task, name):
     built.step()
     built.step()
     assert built.facts["megabytes"] >= built.facts["frozen_megabytes"] >= 0
+
+
+def test_static_ranges_are_there_before_the_images(shallow):
+    program, trainable, frozen, batch = ours.prepared(Label("int8", "ours_static", "float32"), OPTIONS)
+    bounds = [leaf for name, leaf in tree.flatten(frozen).items() if name.endswith("/bound")]
+    assert len(bounds) == 6 * SHAPE["depth"]
+    assert all(bound == contestants.RANGE for bound in bounds)
+    assert all(
+        np.isfinite(out).all()
+        for out in jax.tree.leaves(step.eval_step(trainable, frozen, batch["image"], program=program))
+    )
 
 
 def test_a_base_of_integers_has_a_quarter_of_the_bytes(shallow):

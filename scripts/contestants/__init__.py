@@ -35,6 +35,7 @@ PEERS = {  # contestants that are not ours, and the packages that they need
     "onnx": ("torch", "transformers", "onnx", "onnxruntime"),
 }
 GRAPHS = ("float32", "dynamic", "static")  # our ONNX graphs
+STATIC, RANGE = "ours_static", 4.0  # our int8 with static ranges, here all the same
 
 
 class Built(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 import contest
 
-from contestants import CLASSES, Built, Label
+from contestants import CLASSES, RANGE, Built, Label
 
 
 def build(who: Label, options: argparse.Namespace) -> Built:
@@ -59,7 +59,7 @@ def exported(who: Label, options: argparse.Namespace) -> Built:
     for path in [n.removesuffix("/kernel") for n in params if n.endswith("/kernel")]:
         if who.name != "float32" and settings.converts(path):
             params[f"{path}/kernel"], scale = quantizer.quantise_kernel(params[f"{path}/kernel"])
-            ranges |= {f"{path}/quant/scale": scale, f"{path}/quant/bound": jnp.float32(4.0)}
+            ranges |= {f"{path}/quant/scale": scale, f"{path}/quant/bound": jnp.float32(RANGE)}
     variables = {"params": tree.unflatten(params), quant.COLLECTION: tree.unflatten(ranges)}
     proto = onnx_graph.build(
         model, variables, size, (0.5,) * 3, (0.5,) * 3, settings=None if who.name == "float32" else settings

@@ -15,16 +15,19 @@ from contestants import (
     CLASSES,
     FORWARD,
     LEARNING_RATE,
+    RANGE,
     RANK,
     SKIP,
+    STATIC,
     STEPS,
     Built,
     Label,
     images_of,
 )  # fmt: skip
 from vitft_jax import config as configs
-from vitft_jax import data, methods, optim, run, runtime, step, tree, vit
+from vitft_jax import data, methods, optim, quantizer, run, runtime, step, tree, vit
 from vitft_jax.build import build as build_run
+from vitft_jax.methods import quant
 
 
 def build(who: Label, options: argparse.Namespace) -> Built:
@@ -52,7 +55,8 @@ def prepared(who: Label, options: argparse.Namespace) -> tuple[step.Program, tre
     """Program, what trains, what is frozen, and a batch."""
     config, method, model = our_model(who, options)
     size, rows = options.size, images_of(who.task, options.batch)
-    variables = method.prepare(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3))))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
+    variables = _with_ranges(variables) if who.name == STATIC else method.prepare(variables)
     trains = "" if who.task in ("full", "qat") else "head"
     trainable, frozen = tree.split(variables, lambda name: name.startswith(method.collections) or trains in name)
     program = step.Program(model, method, optim.optimizer(config, method, STEPS), (0.5,) * 3, (0.5,) * 3)
@@ -60,15 +64,23 @@ def prepared(who: Label, options: argparse.Namespace) -> tuple[step.Program, tre
     return program, trainable, frozen, {"image": images, "label": np.arange(rows) % CLASSES}
 
 
+def _with_ranges(variables: methods.Variables) -> methods.Variables:
+    """Kernels in integers and some static range for each layer, as `vitft_jax.quantize --static` leaves them."""
+    kernels = {path: tree.flatten(variables["params"])[f"{path}/kernel"] for path in quant.layers(variables)}
+    whole = {path: quantizer.quantise_kernel(kernel) for path, kernel in kernels.items()}
+    return quant.insert(variables, whole, {path: jnp.float32(RANGE) for path in whole})
+
+
 def our_model(who: Label, options: argparse.Namespace) -> tuple[configs.Config, methods.Method, vit.ViT]:
     """The config of a contestant of ours, its method and its model."""
     config = configs.default()
     overrides = SKIP.get(who.name, ())
     configs.override(config, overrides)
-    quantised = who.name == "ours" and (who.task.startswith("int8") or who.task == "qat")
+    quantised = who.name in ("ours", STATIC) and (who.task.startswith("int8") or who.task == "qat")
     adapter = ("adalora",) if who.task == "adalora" and who.name == "ours" else ("lora",) * who.task.endswith("lora")
     config.methods = ("quant",) * quantised + adapter + ("skip",) * bool(overrides)
     config.quant.base = "float" if who.task == "qat" else "int8"
+    config.quant.static = who.name == STATIC
     config.lora.rank, config.lora.alpha, config.train.lr = RANK, ALPHA, LEARNING_RATE
     if who.task == "qat":
         config.train.trainable = "."
