@@ -18,6 +18,8 @@ SWEEPS = {  # by the name of what it publishes: its file in configs/sweeps, and 
     "methods_busi": ("methods", " $BUSI --set dtype=bfloat16 --set QAT:train.epochs=2 --set seed=0"),
     "rank_attention_vit": ("rank_attention_vit", " --set train.lr=1e-3"),
     "rank_encoder_vit": ("rank_encoder_vit", " --set train.lr=1e-3"),
+    "rank_attention_busi": ("rank_attention_vit", " $BUSI --set dtype=bfloat16 --set seed=0"),
+    "rank_encoder_busi": ("rank_encoder_vit", " $BUSI --set dtype=bfloat16 --set seed=0 --set lora.rank=2,8,32"),
     "multilabel": ("multilabel", ""),
     "chain_demo": ("chain_demo", ""),
     "chain_busi": ("chain", " $BUSI --set seed=0"),

@@ -6,6 +6,7 @@ this kind; how far single seeds lie apart is another matter, for which stands th
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def pooled(runs: Sequence[Path], split: str = "test") -> dict[str, dict[str, flo
         values = metrics.weighted(one.probabilities, one.decided, one.labels, weights)
         return {name: values[name] for name in metrics.names(one.multilabel)}
 
-    return _bootstrap(read, lambda i, weights: of(read[i], weights))
+    return _bootstrap(read, lambda i, weights: of(read[i], weights), _units(read), biased=("ece",))
 
 
 def pooled_change(before: Sequence[Path], after: Sequence[Path], split: str = "test") -> dict[str, dict[str, float]]:
@@ -49,11 +50,23 @@ def pooled_change(before: Sequence[Path], after: Sequence[Path], split: str = "t
         old, new = pairs[i]
         return metrics.paired(old.probabilities, new.probabilities, old.labels, (old.decided, new.decided))(weights)
 
-    return _bootstrap(read[0], of, difference=True)
+    units = [_units(side) for side in read]
+    fewest = {name: np.minimum(units[0][name], units[1][name]) for name in units[0]}
+    return _bootstrap(read[0], of, fewest, difference=True)
+
+
+def _units(read: Sequence[Predictions]) -> dict[str, np.ndarray]:
+    """How many groups a metric rests on, in all seeds together."""
+    decided, labels = (np.concatenate([getattr(one, part) for one in read]) for part in ("decided", "labels"))
+    groups = [group for one in read for group in one.groups]
+    return metrics.groups_behind(decided, labels, groups, len(read[0].classes))
 
 
 def _bootstrap(
-    read: Sequence[Predictions], of: Callable[[int, np.ndarray], Mapping[str, np.ndarray]], difference: bool = False
+    read: Sequence[Predictions],
+    of: Callable[[int, np.ndarray], Mapping[str, np.ndarray]],
+    units: Mapping[str, np.ndarray],
+    **how: Any,
 ) -> dict[str, dict[str, float]]:
     """Means over seeds of what `of` says of a seed under weights of its images."""
     ends = np.cumsum([len(one.names) for one in read])
@@ -64,5 +77,5 @@ def _bootstrap(
 
     groups = [group for one in read for group in one.groups]
     shares = [name for name in metrics.names(read[0].multilabel) if name not in metrics.CALIBRATED]
-    ranges = dict.fromkeys(shares, (-1.0, 1.0) if difference else (0.0, 1.0))
-    return bootstrap.bootstrap(mean, groups, metrics.RESAMPLES, ranges=ranges, difference=difference)
+    ranges = dict.fromkeys(shares, (-1.0, 1.0) if how.get("difference") else (0.0, 1.0))
+    return bootstrap.bootstrap(mean, groups, metrics.RESAMPLES, units=units, ranges=ranges, **how)

@@ -35,6 +35,14 @@ def test_overrides_take_the_type_of_the_default(file):
     assert configs.load(file).lora.rank == 4
 
 
+def test_names_that_look_like_numbers_stay_names(file):
+    """Grades such as BI-RADS 2 and 03 are classes."""
+    assert configs.load(file, ["data.labels=2,03"]).data.labels == ("2", "03")
+    assert configs.load(file, ["data.labels=2"]).data.labels == ("2",)
+    assert configs.load(file, ["data.labels=('2','b')"]).data.labels == ("2", "b")
+    assert configs.load(file, ["skip.layers=2,3"]).skip.layers == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -52,6 +60,7 @@ def test_overrides_take_the_type_of_the_default(file):
         ("train.warmup=1.5", "train.warmup=1.5: at least 0 and below 1"),
         ("train.accumulate=3", "does not divide into train.accumulate=3"),
         ("train.epochs=0", "both 0"),
+        ("data.labels=(1,2)", "data.labels=(1, 2): 1 is no text; write '1'"),
         ("train.focal_gamma=-1.0", "train.focal_gamma=-1.0: at least 0"),
         ("train.thresholds=best", "train.thresholds='best': one of 'f1', 'youden', 'half'"),
     ],

@@ -9,12 +9,13 @@ import pytest
 from support import TINY
 
 from vitft_jax import config as configs
-from vitft_jax import decision, evaluate, quantize, run, train, vit
-from vitft_jax.build import build
+from vitft_jax import decision, evaluate, quantize, run, train, tree, vit
+from vitft_jax.build import build, build_for
 from vitft_jax.errors import InputError
 from vitft_jax.folder import Folder
 from vitft_jax.ptq.options import Options
 from vitft_jax.ptq.recipe import Recipe
+from vitft_jax.task import Task
 
 
 @pytest.fixture(autouse=True)
@@ -111,3 +112,16 @@ def test_refusals(first, tmp_path):
     shutil.rmtree(tmp_path / "empty" / "checkpoints")
     with pytest.raises(InputError, match="no checkpoint here"):
         run.resolve(second(tmp_path / "empty"))
+
+
+def test_labels_keep_the_head_of_the_same_names_and_no_other(first):
+    """Its columns go to the labels that they are of; as many labels of other names get a fresh one."""
+    config, source = run.resolve(second(first))
+    kernel = np.asarray(source.params["head"]["kernel"])
+
+    def head(*classes):
+        task = Task(classes, multilabel=True, total_steps=10)
+        return np.asarray(tree.flatten(build_for(config, task, source).trainable)["params/head/kernel"])
+
+    np.testing.assert_array_equal(head("light", "dark", "grey"), kernel[:, [2, 0, 1]])
+    assert not np.isin(head("quality", "cord", "fluid"), kernel).any()

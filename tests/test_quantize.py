@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,10 @@ def test_a_run_becomes_an_int8_run_that_needs_no_other_weights(trained, tmp_path
     (output / "predictions_test.csv").unlink()
     assert evaluate.evaluate(output) == summary["metrics"]["test"]
     assert (output / "predictions_test.csv").read_bytes() == before
+    dense = ["methods=quant,skip", "skip.layers=0", "skip.drop_ratio=0.0"]
+    assert evaluate.evaluate(output, "test", dense, name="dense") == summary["metrics"]["test"]
+    with pytest.raises(InputError, match="this run has other parameters, such as 'quant/"):
+        evaluate.evaluate(output, "test", ["methods=()"])
     with pytest.raises(InputError, match="is quantised already"):
         quantize.quantize(output, tmp_path / "again", FAST)
     before = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
@@ -249,9 +254,26 @@ def said(probabilities, labels):
 def test_a_drop_is_in_points_of_accuracy_and_positive_where_it_falls():
     right, wrong = [0.9, 0.1], [0.2, 0.8]
     before, after = said([right, right, wrong, right], [0] * 4), said([right, wrong, wrong, right], [0] * 4)
-    assert gate.drop(before, after, False) == pytest.approx(25.0)
-    assert gate.drop(after, before, False) == pytest.approx(-25.0)
-    assert gate.drop(before, before, False) == 0
+    assert gate.drop(before, after, images(4), "f1") == pytest.approx(25.0)
+    assert gate.drop(after, before, images(4), "f1") == pytest.approx(-25.0)
+    assert gate.drop(before, before, images(4), "f1") == 0
+
+
+def test_a_drop_of_rare_labels_is_that_at_their_thresholds():
+    """At one half nothing is decided on either side, and a model that knows nothing would lose nothing."""
+    rng = np.random.default_rng(0)
+    labels = (rng.random((200, 2)) < 0.2).astype(np.float32)
+    logits = np.float32(-3 + 2 * labels + rng.normal(size=labels.shape) / 4)
+    exact, blind = (evaluate.Outputs(np.arange(200), z, labels, 1.0) for z in (logits, np.flip(logits, 0)))
+    assert not exact.decided.any()
+    assert not blind.decided.any()
+    assert gate.drop(exact, blind, images(200, multilabel=True), "f1") > 20
+    assert gate.drop(exact, exact, images(200, multilabel=True), "f1") == 0
+
+
+def images(count, multilabel=False):
+    """As much of a dataset as a drop needs: each image is its own group."""
+    return SimpleNamespace(groups=[str(i) for i in range(count)], multilabel=multilabel)
 
 
 def test_where_every_drop_is_too_large_no_layer_is_left_and_nothing_behind(trained, tmp_path, monkeypatch):

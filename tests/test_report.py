@@ -31,7 +31,7 @@ def test_predictions_read_back_as_they_were(image_folder, tmp_path, multilabel):
     assert read.classes == ("dark", "grey", "light")
     np.testing.assert_array_equal(read.labels, dataset.labels[indices])
     np.testing.assert_array_equal(read.decided, decided)
-    np.testing.assert_allclose(read.probabilities, p, atol=5e-7)
+    np.testing.assert_allclose(read.probabilities, p, rtol=1e-8)
 
 
 @pytest.mark.parametrize("text", ["", "path,group,true\n", "path,p:a\nx,0.5\n", "path,group,true,p:a\nx,g,b,0.5\n"])

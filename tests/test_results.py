@@ -2,10 +2,12 @@
 
 import json
 
+import folders
 import pytest
 import results
 import seeds
 
+from vitft_jax import metrics, report
 from vitft_jax.errors import InputError
 
 TRUE = "aabb"  # labels of the four images, each its own patient
@@ -61,6 +63,22 @@ def test_the_change_against_other_runs_is_that_of_each_pair(tmp_path):
     assert value == "+12.5"
     assert low <= 12.5 <= high
     assert low < high
+
+
+def test_one_seed_has_the_intervals_of_its_run(tmp_path):
+    """Tables of sweeps and of runs agree: also on the calibration error, which is biased, and on means over rare classes."""
+    runs = [folders.write(tmp_path / f"run{i}", seed=i) for i in range(2)]
+    one, two = (report.read_predictions(path / "predictions_test.csv") for path in runs)
+    own = metrics.assess(one.probabilities, one.decided, one.labels, one.groups, one.classes, metrics.RESAMPLES)[
+        "metrics"
+    ]
+    told = seeds.pooled(runs[:1])
+    assert told == {name: pytest.approx(value) for name, value in own.items()}
+    decided = (one.decided, two.decided)
+    change = metrics.change(
+        one.probabilities, two.probabilities, one.labels, one.groups, decided, one.classes, metrics.RESAMPLES
+    )
+    assert seeds.pooled_change(runs[:1], runs[1:]) == {name: pytest.approx(value) for name, value in change.items()}
 
 
 def test_one_group_has_a_change_without_an_interval(tmp_path):

@@ -230,6 +230,15 @@ def test_schedule_rises_then_falls_to_zero():
     np.testing.assert_allclose([values.max(), values[-1]], [config.train.lr, 0], atol=1e-9)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 5, 10])
+def test_a_warm_up_of_nearly_all_steps_leaves_one_to_the_cosine(steps):
+    config = configs.default()
+    config.train.warmup = 0.95
+    values = [float(optim.schedule(config, steps)(i)) for i in range(steps + 1)]
+    assert (np.diff(values[:steps]) > 0).all()
+    np.testing.assert_allclose(values[-2:], [config.train.lr, 0], atol=1e-9)
+
+
 def test_decay_touches_kernels_in_params_only():
     leaves = {"params": {"head": {"kernel": 0, "bias": 0}, "norm": {"scale": 0}}, "lora": {"q": {"kernel": 0, "a": 0}}}
     chosen = [name for name, decays in tree.flatten(optim.decays(leaves)).items() if decays]

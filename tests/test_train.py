@@ -10,7 +10,7 @@ from PIL import Image
 from support import lines, trained
 
 from vitft_jax import config as configs
-from vitft_jax import data, decision, evaluate, metrics, report, step, train, tree
+from vitft_jax import data, decision, evaluate, metrics, report, step, task, train, tree
 from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
@@ -205,6 +205,15 @@ def test_the_best_checkpoint_by_a_metric_of_which_less_is_better(tiny_config, tm
     assert summary["best_step"] == min(values, key=values.get) != max(values)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "per_epoch", "steps"), [(1.1, 50, 55), (2.2, 100, 220), (1.0, 7, 7), (0.01, 7, 1), (1.5, 3, 5)]
+)
+def test_fractions_of_epochs_are_rounded_up_once(epochs, per_epoch, steps):
+    config = configs.default()
+    config.train.epochs, config.train.batch_size = epochs, 4
+    assert task.total_steps(config, 4 * per_epoch) == steps
+
+
 def test_class_weights():
     def of(labels, multilabel):
         n = len(labels)
@@ -271,6 +280,25 @@ def test_evaluate_under_other_settings_leaves_the_run_alone(tiny_config, tmp_pat
     results = json.loads((beside / "half" / "results_test.json").read_text())
     assert "skip.drop_ratio: (0.35,) there, (0.9,) here" in results["differs"]
     assert results["flops"]["ratio"] < 1
+    with pytest.raises(InputError, match=r"half/results_test\.json has results under other settings \(.*\(0\.9,\)"):
+        evaluate.evaluate(tmp_path / "run", "val", changes, name="half")  # the page would show them as of one setting
+    evaluate.evaluate(tmp_path / "run", "val", [*half, "figures.count=3"], name="half")
+    assert (beside / "half" / "results_val.json").is_file()
+
+
+def test_predictions_of_a_run_that_still_trained_do_not_outlive_it(tiny_config, tmp_path, monkeypatch):
+    real = train.outputs
+
+    def evaluated_meanwhile(*args):
+        (tmp_path / "run" / "predictions_train.csv").write_text("of an earlier checkpoint")
+        return real(*args)
+
+    monkeypatch.setattr(train, "outputs", evaluated_meanwhile)
+    train.train(tiny_config, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").glob("predictions_*")} == {
+        "predictions_test.csv",
+        "predictions_val.csv",
+    }
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def build_for(
     )
     if whole is not None:
         return Built(program, None, {}, Weights(**whole["weights"]), task.total_steps, whole=whole)
-    initial = _initial(model, config, source, method, () if task.multilabel else task.classes, layout)
+    initial = _initial(model, config, source, method, task.classes, layout)
     trainable, frozen = tree.split(method.prepare(initial), trains(config, method))
     if "params" not in trainable:
         raise InputError(

@@ -24,6 +24,8 @@ WHERE = ("mesh.", "remat")
 ON_RESUME = ("log.", *WHERE)
 """Beginnings of the keys with which a run may go on that was started with others, such as on other devices."""
 
+NAMES = ("methods", "data.labels", "figures.names")
+"""Keys that are lists of text."""
 AT_EVALUATION = ("methods", "skip.", "figures.", *WHERE)
 """Beginnings of the keys that change what is computed, not what was trained: a finished run can be evaluated with others."""
 
@@ -204,7 +206,9 @@ def set_key(config: Config, key: str, text: str) -> None:
         raise InputError(f"unknown config key {key!r}; {nearest(key, known)}")
     old = known[key]
     try:
-        value = text if isinstance(old, str) else ast.literal_eval(text)
+        # Names that look like numbers, such as classes 2,3, stay names.
+        plain = isinstance(old, str) or (key in NAMES and not text.startswith(("(", "[")))
+        value = text if plain else ast.literal_eval(text)
     except (ValueError, SyntaxError):
         value = text
     if isinstance(old, float) and type(value) is int:
@@ -239,6 +243,9 @@ def check(config: Config) -> None:
     for key, choices in allowed.items():
         if values[key] not in choices:
             raise InputError(f"config key {key}={values[key]!r}: one of {', '.join(map(repr, choices))}")
+    for key in NAMES:
+        if wrong := [value for value in values[key] if not isinstance(value, str)]:
+            raise InputError(f"config key {key}={values[key]}: {wrong[0]!r} is no text; write {str(wrong[0])!r}")
     lowest = {"data.image_size": 0, "data.workers": 0, "train.batch_size": 1, "train.accumulate": 1, "train.steps": 0}
     lowest |= {
         "train.lr": 0,

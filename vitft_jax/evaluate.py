@@ -10,12 +10,15 @@ skipping on a model that was trained with all tokens, `--config.methods=lora,ski
 go to `evaluations/<name>/` in the run, and the run's own stay as they are.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vitft_jax import cli, data, decision, figures, flops, metrics, processes, report, runtime, step, tree
@@ -164,6 +167,7 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
         _check_same_parameters(trained, built, config)
         figures.chosen(config, dataset)
         path = workdir / "evaluations" / (name or "-".join(config.methods) or "plain")
+        _check_same_settings(path, configs.differences(folder.config(), config))
         path.mkdir(parents=True, exist_ok=True)
         del trained
     del source  # the base in float, of which an int8 base needs nothing any more
@@ -202,12 +206,37 @@ def _overridden(config: Config, overrides: Sequence[str]) -> Config:
     return config
 
 
+def _check_same_settings(path: Path, differs: Sequence[str]) -> None:
+    """Refuses a folder that holds results under other settings, so that no page shows the results of both as of one."""
+
+    def of_results(texts: Sequence[str]) -> list[str]:
+        return [text for text in texts if not text.startswith(("figures.", *configs.WHERE))]  # which change no result
+
+    for file in sorted(path.glob("results_*.json")):
+        try:
+            there = json.loads(file.read_text(encoding="utf-8"))["differs"]
+            same = of_results(there) == of_results(differs)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{file}: no results as this command writes them ({error!r}); delete it") from None
+        if not same:
+            raise InputError(
+                f"{file} has results under other settings ({'; '.join(there)}); give these another --name, or delete {path}"
+            )
+
+
+def _parameters(built: Built, config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's variables by name, the head of a run whose checkpoint holds the whole model included."""
+    if built.whole is None:
+        parts = (built.trainable, built.frozen)
+    else:
+        images = jax.ShapeDtypeStruct((1, config.data.image_size, config.data.image_size, 3), jnp.float32)
+        parts = (jax.eval_shape(built.program.model.init, jax.random.key(0), images),)
+    return {name: leaf.shape for part in parts for name, leaf in tree.flatten(part).items()}
+
+
 def _check_same_parameters(trained: Built, built: Built, config: Config) -> None:
     """Refuses settings under which the parameters of a run are not those that it trained."""
-    there, here = (
-        {name: leaf.shape for b_tree in (b.trainable, b.frozen) for name, leaf in tree.flatten(b_tree).items()}
-        for b in (trained, built)
-    )
+    there, here = (_parameters(b, config) for b in (trained, built))
     if there != here:
         raise InputError(
             f"--config.methods={','.join(config.methods)}: this run has other parameters, such as "

@@ -252,7 +252,7 @@ def assess(
         resamples,
         level,
         seed,
-        units=_groups_behind(decided, labels, groups, len(classes)),
+        units=groups_behind(decided, labels, groups, len(classes)),
         ranges={
             name: (0.0, 1.0)
             for name in (*names(multilabel), *(f"per_class/{m}" for m in PER_CLASS))
@@ -279,7 +279,7 @@ def _explained(found: dict[str, Any], why: str) -> dict[str, Any]:
     return found | {"why": why or _NO_NUMBER} if math.isnan(found["value"]) else found
 
 
-def _groups_behind(
+def groups_behind(
     decided: np.ndarray, labels: np.ndarray, groups: Sequence[str], classes: int
 ) -> dict[str, np.ndarray]:
     """How many groups the metrics of a class, `(C,)`, and their means over classes rest on.
@@ -325,7 +325,7 @@ def change(
 
     `decided` has the decisions before and after.
     """
-    units = [_groups_behind(d, labels, groups, len(classes)) for d in decided]
+    units = [groups_behind(d, labels, groups, len(classes)) for d in decided]
     found = bootstrap.bootstrap(
         paired(before, after, labels, decided),
         groups,

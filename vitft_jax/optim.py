@@ -10,7 +10,7 @@ from vitft_jax.methods import Method
 
 def schedule(config: Any, total_steps: int) -> optax.Schedule:
     """Learning rate by step: a linear rise over ``train.warmup`` of the steps, then a cosine to 0."""
-    warmup = round(config.train.warmup * total_steps)
+    warmup = min(round(config.train.warmup * total_steps), total_steps - 1)  # the cosine has a step at least
     return optax.warmup_cosine_decay_schedule(
         init_value=config.train.lr / (warmup + 1),
         peak_value=config.train.lr,

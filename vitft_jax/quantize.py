@@ -151,7 +151,7 @@ def _quantize(source: Source, part: Path, config: Config, options: Options) -> d
         folder, built, variables = _write(part, source, config, params, layers, in_float)
         _say("evaluating the int8 model")
         after = {s: outputs(built.program, variables, built.frozen, source.dataset, s, config) for s in before}
-        drop = gate.drop(before["val"], after["val"], source.dataset.multilabel)
+        drop = gate.drop(before["val"], after["val"], source.dataset, config.train.thresholds)
         if options.max_drop is None or drop <= options.max_drop:
             break
         in_float = gate.one_more(in_float, sensitivities, options.max_drop)  # the simulation rounds a little otherwise

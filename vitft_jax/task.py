@@ -34,7 +34,9 @@ def task_of(config: configs.Config, dataset: data.Dataset) -> Task:
 
 def total_steps(config: configs.Config, train_images: int) -> int:
     """Optimiser steps of a run on so many training images."""
-    return config.train.steps or math.ceil(config.train.epochs * math.ceil(train_images / config.train.batch_size))
+    per_epoch = math.ceil(train_images / config.train.batch_size)
+    # 1.1 * 50 is 55.00000000000001 in floating point: without the small term one step too many.
+    return config.train.steps or math.ceil(config.train.epochs * per_epoch - 1e-9)
 
 
 def class_weights(dataset: data.Dataset) -> tuple[float, ...]:

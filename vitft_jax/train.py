@@ -116,6 +116,8 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     outs = {s: outputs(built.program, trainable, built.frozen, dataset, s, config) for s in ("val", "test")}
     decision = fit_decision(folder.path, dataset, outs["val"], config)
     results = {s: evaluate_split(folder.path, dataset, s, replace(out, decision=decision)) for s, out in outs.items()}
+    for split in set(data.SPLITS) - set(outs):  # of `evaluate` while the run went on: no more what the run says
+        (workdir / f"predictions_{split}.csv").unlink(missing_ok=True)
     speed = outs["test"].images_per_second
     summary = report.finite(
         {

@@ -281,6 +281,14 @@ def test_empty_class_folder(folder, config):
         load(config, 0)
 
 
+@pytest.mark.parametrize("name", ["benign /0.png", " benign/0.png"])
+def test_classes_with_a_space_at_an_end_are_refused(folder, config, write_image, name):
+    """The table of the split, from which a run is read again, has them without."""
+    write_image(folder / name)
+    with pytest.raises(InputError, match=r"begins or ends with a space"):
+        load(config, 0)
+
+
 def test_folder_without_classes_points_to_its_table(tmp_path, config):
     config.path = str(tmp_path / "flat")
     (tmp_path / "flat").mkdir()

@@ -132,6 +132,7 @@ def test_lora_plus_gives_b_the_ratio_of_the_rate_of_a(name):
     ("changes", "message"),
     [
         ({"rank": 0}, r"lora\.rank=0"),
+        ({"alpha": 0.0}, r"lora\.alpha=0\.0: above 0"),
         ({"dropout": 1.0}, r"lora\.dropout=1\.0"),
         ({"lr_ratio": 0.5}, r"lr_ratio=0\.5"),
         ({"targets": "(qv"}, r"'\(qv'.*no regex"),

@@ -218,6 +218,8 @@ def _scan(root: Path) -> Examples:
         )
     names, labels = [], []
     for folder in folders:
+        if folder != folder.strip():  # the table of the split, from which a run is read again, has it without
+            raise InputError(f"{root}: the class folder {folder!r} begins or ends with a space; rename it without")
         files = find_images(root / folder)
         if not files:
             raise InputError(f"{root / folder} holds no images; fill or remove this class folder.{hint}")

@@ -177,6 +177,8 @@ def settings_of(config: Any) -> Settings:
         raise InputError(
             f"lora.rank={c.rank}, lora.rank_pattern={c.rank_pattern}: a rank is at least 1 (0 in a pattern)"
         )
+    if c.alpha <= 0:
+        raise InputError(f"lora.alpha={c.alpha}: above 0; the adapters are scaled by it")
     if not 0 <= c.dropout < 1:
         raise InputError(f"lora.dropout={c.dropout}: a probability below 1")
     if c.lr_ratio < 1:

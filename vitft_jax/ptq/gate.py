@@ -1,9 +1,9 @@
 """Which layers stay in float: how sensitive each one is, and how many of them it takes until a metric falls no further."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from vitft_jax import data, metrics, report, tree
+from vitft_jax import data, decision, metrics, report, tree
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
 from vitft_jax.evaluate import Outputs, outputs
@@ -63,7 +63,8 @@ def within(
         InputError: As `one_more`.
     """
     while True:
-        fallen = drop(before, simulation.outputs(dataset, "val", in_float), dataset.multilabel)
+        after = simulation.outputs(dataset, "val", in_float)
+        fallen = drop(before, after, dataset, simulation.config.train.thresholds)
         print(f"{len(in_float)} layers in float: validation drop {fallen:.2f} points", flush=True)
         if fallen <= max_drop:
             return list(in_float)
@@ -84,8 +85,15 @@ def one_more(in_float: Sequence[str], sensitivities: Mapping[str, float], max_dr
     return order[: len(in_float) + 1]
 
 
-def drop(before: Outputs, after: Outputs, multilabel: bool) -> float:
-    """Percentage points that the first metric falls; negative where it rises."""
-    name = metrics.names(multilabel)[0]
-    old, new = (metrics.compute(out.probabilities, out.labels, multilabel)[name] for out in (before, after))
-    return 100 * (old - new)
+def drop(before: Outputs, after: Outputs, dataset: data.Dataset, rule: str) -> float:
+    """Percentage points that the first metric falls on the validation split; negative where it rises.
+
+    Labels are decided at thresholds that are fitted to each side by `rule`, as those of the model that is written are.
+    """
+
+    def first(out: Outputs) -> float:
+        groups = [dataset.groups[i] for i in out.indices]
+        fitted = decision.fit(out.logits, out.labels, groups, rule)
+        return replace(out, decision=fitted).metrics[metrics.names(dataset.multilabel)[0]]
+
+    return 100 * (first(before) - first(after))

@@ -52,7 +52,7 @@ def predictions_table(
     writer.writerow(["path", *group, *true, *heads("predicted"), *(f"p:{c}" for c in classes)])
     for i, name in enumerate(names):
         group, true = ([] if groups is None else [groups[i]]), ([] if labels is None else cells(labels[i]))
-        writer.writerow([name, *group, *true, *cells(decided[i]), *(f"{x:.6f}" for x in p[i])])
+        writer.writerow([name, *group, *true, *cells(decided[i]), *(f"{x:.9g}" for x in p[i])])
     return text.getvalue()
 
 
