@@ -94,7 +94,11 @@ class Benchmark:
         versions = ", ".join(f"{k} {v}" for k, v in told["versions"].items() if v != "not installed")
         peak = ", ".join(f"{name} {value:,.0f}" for name, value in told["peak_gflops"].items())
         peak = f" Matrix peak, GF/s: {peak}." if peak else ""
-        where = f"{told['model']}, {told['size']} px, {told['cpu']}, Python {told['python']}, {versions}"
+        default = {row["task"] for row in told["rows"]} == {
+            "input"
+        }  # the default run, whatever the model of the others
+        model = "the bundled micro ViT" if default else f"{told['model']}, {told['size']} px"
+        where = f"{model}, {told['cpu']}, Python {told['python']}, {versions}"
         return f"`{told['command']}`: {where}.{peak}"
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 COMMANDS = {  # a file of a benchmark, without its ending: what makes it
     "inference": "inference --rounds 5",
+    "int8": "int8 --rounds 7 --turns 2",
     "vit_b": "int8 --model vit_base_patch16 --rounds 5 --turns 2",
     "float32": "lora full adalora --rounds 5 --turns 2",
     "bfloat16": "lora full adalora --rounds 5 --turns 2 --dtype bfloat16",
@@ -25,7 +26,7 @@ SWEEPS = {  # by the name of what it publishes: its file in configs/sweeps, and 
     "chain_busi": ("chain", " $BUSI --set seed=0"),
 }
 RACES = {  # by the name of what it publishes: its command, as above
-    "chain_busi_speed": "chain.py runs/chain_busi",
+    "chain_busi_speed": "chain.py runs/chain_busi --rounds 7",
     "chain_demo_speed": "chain.py runs/chain_demo",
     "race": "accuracy_race.py --output runs/race --methods lora,adalora,full --seeds 0,1,2",
 }
@@ -96,6 +97,29 @@ def _train(dtype: str) -> Block:
         f"{{{dtype}:megabytes lora int8_lora/ours frozen_megabytes}} MB."
     )
     return Block(_benchmark(dtype), _table(head, rows, base, f"{{{dtype}:source}}"))
+
+
+def _int8(alias: str, *more: tuple[str, str]) -> Block:
+    who = [
+        ("ours, int8, a scale per token", "ours"),
+        *more,
+        ("ours, float32", "float"),
+        ("torch dynamic int8", "torch"),
+        ("ONNX Runtime dynamic int8", "onnx"),
+    ]
+    rows = [
+        [
+            label,
+            f"{{{alias}:speed int8 {name}}}",
+            "" if name == "ours" else f"{{{alias}:ratio int8 ours {name}}}",
+            "" if name == "onnx" else f"{{{alias}:ratio int8 {name} onnx}}",
+            f"{{{alias}:share int8 {name}}}",
+            f"{{{alias}:memory int8 {name}}}",
+        ]
+        for label, name in who
+    ]
+    head = " | images/s | ours, a scale per token, is | is of ONNX Runtime | of the peak | peak MiB"
+    return Block(_benchmark(alias), _table(head, rows, f"{{{alias}:source}}"))
 
 
 def _skip(label: str, who: str) -> list[str]:
@@ -171,7 +195,6 @@ BLOCKS = {
                 _inference("ours, float32", "forward/ours"),
                 _inference("ours, bfloat16", "forward/ours:bfloat16"),
                 _inference("ours, int8, a scale per token", "int8/ours"),
-                _inference("ours, int8, static ranges", "int8/ours_static"),
                 _inference("transformers, float32", "forward/transformers"),
                 _inference("transformers, bfloat16", "forward/transformers:bfloat16"),
                 _inference("transformers, torch.compile, float32", "forward/compiled"),
@@ -188,28 +211,8 @@ BLOCKS = {
             "{inference:source}",
         ),
     ),
-    "vit_b": Block(
-        _benchmark("vit_b"),
-        _table(
-            " | images/s | ours is | of the peak | peak MiB",
-            [
-                [
-                    label,
-                    f"{{vit_b:speed int8 {who}}}",
-                    "" if who == "ours" else f"{{vit_b:ratio int8 ours {who}}}",
-                    f"{{vit_b:share int8 {who}}}",
-                    f"{{vit_b:memory int8 {who}}}",
-                ]
-                for label, who in (
-                    ("ours, int8", "ours"),
-                    ("ours, float32", "float"),
-                    ("torch dynamic int8", "torch"),
-                    ("ONNX Runtime dynamic int8", "onnx"),
-                )
-            ],
-            "{vit_b:source}",
-        ),
-    ),
+    "int8": _int8("int8", ("ours, int8, static ranges", "ours_static")),
+    "vit_b": _int8("vit_b"),
     "training_float32": _train("float32"),
     "training_bfloat16": _train("bfloat16"),
     "layers": Block(
