@@ -118,7 +118,7 @@ def _int8(alias: str, *more: tuple[str, str]) -> Block:
         ]
         for label, name in who
     ]
-    head = " | images/s | ours, a scale per token, is | is of ONNX Runtime | of the peak | peak MiB"
+    head = " | images/s | ours is | times ONNX Runtime | of the peak | peak MiB"
     return Block(_benchmark(alias), _table(head, rows, f"{{{alias}:source}}"))
 
 

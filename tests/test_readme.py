@@ -78,8 +78,10 @@ def test_numbers_are_those_of_the_file(benchmark):
         row["images_per_second"] = {"ours": [10, 20, 30], "float": [5, 5, 5]}.get(row["contestant"], [1, 1, 1])
     path.write_text(json.dumps(told))
     lines = readme.render(readme.BLOCKS["vit_b"], benchmark).splitlines()
-    assert lines[2] == "| ours, int8 | 20.0 (10.0 to 30.0) |  | 25 % | 100 |"
-    assert lines[3] == "| ours, float32 | 5.0 (5.0 to 5.0) | 4.00x (2.00 to 6.00) | 25 % | 100 |"
+    assert (
+        lines[2] == "| ours, int8, a scale per token | 20.0 (10.0 to 30.0) |  | 20.00x (10.00 to 30.00) | 25 % | 100 |"
+    )
+    assert lines[3] == "| ours, float32 | 5.0 (5.0 to 5.0) | 4.00x (2.00 to 6.00) | 5.00x (5.00 to 5.00) | 25 % | 100 |"
     assert "Matrix peak, GF/s: float32 1,234." in lines[-1]
 
 

@@ -1,7 +1,7 @@
 """Fine-tunes a pretrained Vision Transformer on labelled images.
 
-Writes a run folder: resolved config, metrics, checkpoints (the two newest and the best), predictions, summary, figures and report. The same
-command goes on where an interrupted run stopped, to the same result to the bit; after SIGTERM from the very step.
+Writes a run folder: resolved config, metrics, checkpoints (the two newest and the best), predictions, summary, figures and report.
+The same command goes on where an interrupted run stopped, to the same result to the bit; after SIGTERM from the very step.
 """
 
 import math
