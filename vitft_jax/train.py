@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained Vision Transformer on labelled images.
 
-Writes a run folder: resolved config, metrics, checkpoints (the two newest and the best), predictions, summary, figures and report.
+Writes a run folder: resolved config, metrics, checkpoints (the two newest and the best), predictions, summary, figures, report.
 The same command goes on where an interrupted run stopped, to the same result to the bit; after SIGTERM from the very step.
 """
 
