@@ -26,7 +26,9 @@ SWEEPS = {  # by the name of what it publishes: its file in configs/sweeps, and 
     "chain_busi": ("chain", " $BUSI --set seed=0"),
 }
 RACES = {  # by the name of what it publishes: its command, as above
-    "chain_busi_speed": "chain.py runs/chain_busi --rounds 7",
+    "chain_busi_speed": (
+        "chain.py runs/chain_busi --arms full int8 int8-static earlier-int8-static earlier-qkv-int8-static --rounds 7"
+    ),
     "chain_demo_speed": "chain.py runs/chain_demo",
     "race": "accuracy_race.py --output runs/race --methods lora,adalora,full --seeds 0,1,2",
 }
