@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 COMMANDS = {  # a file of a benchmark, without its ending: what makes it
     "inference": "inference --rounds 5",
-    "int8": "int8 --rounds 7 --turns 2",
+    "int8": "int8 --rounds 11 --turns 2",
     "vit_b": "int8 --model vit_base_patch16 --rounds 5 --turns 2",
     "float32": "lora full adalora --rounds 5 --turns 2",
     "bfloat16": "lora full adalora --rounds 5 --turns 2 --dtype bfloat16",
