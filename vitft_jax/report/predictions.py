@@ -65,7 +65,7 @@ class Predictions:
         groups: Of the images.
         labels: `(n,)`, or `(n, C)` of 0 and 1.
         decided: As `labels`.
-        probabilities: `(n, C)`, to six digits.
+        probabilities: `(n, C)`, to nine digits.
         classes: Names of the columns.
     """
 

@@ -14,7 +14,7 @@ from vitft_jax.report.style import SERIES
 
 _MATRIX = 12  # classes; the matrix of more is no longer read
 _PAIRS = 20  # confusions that stand for it then
-_SMALLEST = 5e-7  # probability: files hold six digits
+_SMALLEST = 5e-10  # probability: files hold nine digits
 
 HOW_TO_READ = (
     "Intervals are 95 % bootstrap intervals (BCa; of differences, Student's), resampled by group (patient or video): what "
