@@ -113,7 +113,7 @@ SETTINGS = [
     ("config.lora.targets=(", "lora: '(' is none of"),
     ("config.lora.rank_pattern=3", "lora.rank_pattern=(3,): pairs of a regex and a rank"),
     ("config.lora.rank_pattern=(('x','y'),)", "lora.rank_pattern=(('x', 'y'),): pairs of a regex and a rank"),
-    ("config.methods=1", "config.methods: unknown method 1; choose one of"),
+    ("config.methods=1", "config.methods: unknown method '1'; choose one of"),
     ("config.train.lr=nan", "config key train.lr='nan'"),
     ("config.train.lr=1e999", "config key train.lr=inf: a finite number is needed"),
     ("config.train.epochs=1e999", "config key train.epochs=inf"),

@@ -156,6 +156,7 @@ def test_labels():
                 *contestants.GRAPHS,
                 *contestants.SKIP,
                 "ours",
+                contestants.STATIC,
                 "float",
                 "lora",
                 "autodiff",

@@ -89,11 +89,11 @@ def test_large_data_in_pieces(monkeypatch):
 def test_a_rare_class_makes_the_interval_of_a_mean_over_classes_wide():
     """4 groups of 34 have the third class: Welch's degrees of freedom of means of 15, 15 and 4 are 9 (without the - 1)."""
     labels, groups = np.repeat([0, 1, 2], [15, 15, 4]), np.arange(34)
-    units = metrics._groups_behind(labels, labels, groups, 3)
+    units = metrics.groups_behind(labels, labels, groups, 3)
     share = 1 / np.array([15, 15, 4])
     assert units["balanced_accuracy"] == round((share.sum() ** 2) / (share**3).sum()) == 9
     np.testing.assert_array_equal(units["per_class/sensitivity"], [15, 15, 4])
-    even = metrics._groups_behind(labels[:30], labels[:30], groups[:30], 2)
+    even = metrics.groups_behind(labels[:30], labels[:30], groups[:30], 2)
     assert even["balanced_accuracy"] == 30
 
 
