@@ -56,7 +56,6 @@ TASKS = {  # task: labels of its contestants, the one that is compared with the 
     ),  # our ONNX graphs; our int8 in JAX; the peer's
     "inference": (
         "int8/ours",
-        "int8/ours_static",
         "forward/ours",
         "forward/ours:bfloat16",
         "forward/transformers",

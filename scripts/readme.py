@@ -94,9 +94,7 @@ class Benchmark:
         versions = ", ".join(f"{k} {v}" for k, v in told["versions"].items() if v != "not installed")
         peak = ", ".join(f"{name} {value:,.0f}" for name, value in told["peak_gflops"].items())
         peak = f" Matrix peak, GF/s: {peak}." if peak else ""
-        default = {row["task"] for row in told["rows"]} == {
-            "input"
-        }  # the default run, whatever the model of the others
+        default = all(row["task"] == "input" for row in told["rows"])  # of the default run, whatever --model says
         model = "the bundled micro ViT" if default else f"{told['model']}, {told['size']} px"
         where = f"{model}, {told['cpu']}, Python {told['python']}, {versions}"
         return f"`{told['command']}`: {where}.{peak}"

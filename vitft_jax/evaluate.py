@@ -225,7 +225,7 @@ def _check_same_settings(path: Path, differs: Sequence[str]) -> None:
 
 
 def _parameters(built: Built, config: Config) -> dict[str, tuple[int, ...]]:
-    """Shapes of a model's variables by name, the head of a run whose checkpoint holds the whole model included."""
+    """Shapes of the variables of a run by name; those of one whose checkpoint holds the whole model come from the model."""
     if built.whole is None:
         parts = (built.trainable, built.frozen)
     else:
