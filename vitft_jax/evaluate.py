@@ -145,8 +145,8 @@ def evaluate(workdir: Path, split: str = "test", overrides: Sequence[str] = (), 
         name: With overrides, the folder in `evaluations/`; '' = the names of the methods.
 
     Raises:
-        InputError: No run or no checkpoint there, its data or weights are not what they were, or the overrides need other
-            parameters than the run has.
+        InputError: No run or no checkpoint there, its data or weights are not what they were, the overrides need other
+            parameters than the run has, or the folder `name` holds results under other overrides.
     """
     if split not in data.SPLITS:
         raise InputError(f"--split {split}: one of {', '.join(data.SPLITS)}")
