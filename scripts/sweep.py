@@ -15,7 +15,8 @@ and does not stop the others; its output is beside it in NAME.log. At the end, a
 line a run), results.md (a line a row of seeds), figure.png and comparison.html; see `sweep_results`.
 
 --set KEY=VALUE puts a key over those of base, or other values (seed=0,1) in the place of those of the grid. Where an arm has
-the key itself, --set ARM:KEY=VALUE must say what it gets there, unless that is the run of another arm. What a file may say is
+the key itself, --set ARM:KEY=VALUE must say what it gets there, unless that is the run of another arm. --only ARM, as often as
+you like, makes the runs of these arms and those that they are made from; tables have all that is there. What a file may say is
 in `sweep_file`.
 """
 
@@ -32,7 +33,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from sweep_file import Sweep, check_metrics, read
+from sweep_file import Sweep, check_metrics, of_arms, read
 from sweep_progress import STATUS, progress, results
 
 from vitft_jax import cli, report
@@ -84,16 +85,22 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], of: str = "") 
     return found
 
 
-def run(sweep: Sweep, output: Path) -> dict[str, str]:
+def run(sweep: Sweep, output: Path, only: Sequence[str] = ()) -> dict[str, str]:
     """Makes the runs that are not done yet; returns what came of each: 'done', 'failed: ...' or 'left out: ...'.
 
+    Args:
+        sweep: What to run.
+        output: Folder of the runs.
+        only: Arms to run; () = all.
+
     Raises:
-        InputError: As `check`; a metric that the task does not have is found once the first run is done.
+        InputError: As `check` and `of_arms`; a metric that the task does not have is found once the first run is done.
     """
+    jobs = of_arms(sweep, only)
     output.mkdir(parents=True, exist_ok=True)
     check(sweep, output)
     noted = notes(sweep)
-    state = {job.name: "done" if results(output, job) else "waits" for job in sweep.jobs}
+    state = {job.name: "done" if results(output, job) else "waits" for job in jobs}
     console = Console()
     with Live(console=console, auto_refresh=False) as live:
 
@@ -108,7 +115,7 @@ def run(sweep: Sweep, output: Path) -> dict[str, str]:
             if console.is_terminal:
                 live.update(progress(sweep, output, console.size.height), refresh=True)
 
-        for job in sweep.jobs:
+        for job in jobs:
             if state[job.name] == "done":
                 continue
             if job.after and state[job.after] != "done":
@@ -159,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument(
         "--set", action="append", default=[], metavar="[ARM:]KEY=VALUE", help="put over base, grid or an arm"
     )
+    arguments.add_argument("--only", action="append", default=[], metavar="ARM", help="run this arm and not all")
     arguments.add_argument("--table", action="store_true", help="train nothing: tables and figure of what is done")
     arguments.add_argument("--status", action="store_true", help="train nothing: how far it has come")
     arguments.add_argument(
@@ -171,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return console.print(progress(sweep, options.output, console.size.height if console.is_terminal else 10**6))
     if options.table:
         check(sweep, options.output)
-    state = {} if options.table else run(sweep, options.output.absolute())
+    state = {} if options.table else run(sweep, options.output.absolute(), options.only)
 
     import sweep_results  # slow to import, and after hours of training first
 

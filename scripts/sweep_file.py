@@ -138,6 +138,22 @@ def read(path: Path, changes: Sequence[str] = ()) -> Sweep:
     return Sweep(content.get("title", path.stem), shown, x, tuple(_in_order(path, jobs)), rows)
 
 
+def of_arms(sweep: Sweep, arms: Sequence[str]) -> tuple[Job, ...]:
+    """The runs of these arms and those that they are made from; all where no arm is named.
+
+    Raises:
+        InputError: There is no such arm.
+    """
+    known = {job.arm for job in sweep.jobs}
+    if missing := next((arm for arm in arms if arm not in known), None):
+        raise InputError(f"--only {missing}: there is no such arm; {nearest(missing, known)}")
+    chosen: set[str] = set()
+    for job in reversed(sweep.jobs):  # each stands after the one that it is made from
+        if not arms or job.arm in arms or job.name in chosen:
+            chosen |= {job.name, job.after}
+    return tuple(job for job in sweep.jobs if job.name in chosen)
+
+
 def check_metrics(sweep: Sweep, told: Mapping[str, Any]) -> None:
     """Raises InputError if a summary has no metric of a name that the sweep shows."""
     known = told["metrics"]["test"]

@@ -38,7 +38,7 @@ def progress(sweep: Sweep, output: Path, height: int) -> Table:
     done = [one["timing"]["seconds"] for one in told.values() if one]
     title = f"{sweep.title}: {len(done)} of {len(sweep.jobs)}"
     if done:
-        left = sum(status["runs"].get(job.name, "waits") in ("waits", "runs") for job in sweep.jobs)
+        left = sum(status["runs"].get(job.name) in ("waits", "runs") for job in sweep.jobs)
         title += f", about {_duration(left * sum(done) / len(done))} left"
     table = Table(title=title, title_justify="left")
     table.add_column("run", no_wrap=True, min_width=max(len(job.name) for job in sweep.jobs))
@@ -47,7 +47,7 @@ def progress(sweep: Sweep, output: Path, height: int) -> Table:
     going = next((i for i, job in enumerate(sweep.jobs) if status["runs"].get(job.name) == "runs"), len(sweep.jobs) - 1)
     room = max(3, height - 6)
     for job in sweep.jobs[max(0, going - room + 3) :][:room]:
-        state = status["runs"].get(job.name, "waits")
+        state = status["runs"].get(job.name, "done" if told[job.name] else "not asked for")
         if state == "runs":
             state = _goes_on(output / job.name, status)
         test = told[job.name]["metrics"]["test"] if told[job.name] else {}

@@ -239,6 +239,25 @@ def test_what_is_made_from_a_run_that_failed_is_left_out(tmp_path, trains):
     assert not any("@/" in part for command in called for part in command)
 
 
+def test_some_arms_alone(tmp_path, trains, capsys, monkeypatch):
+    called, _ = trains
+    study = written(tmp_path, ARMS)
+    sweep.main([str(study), "--output", str(tmp_path / "runs"), "--set", "seed=0", "--only", "LoRA"])
+    sweep.main([str(study), "--output", str(tmp_path / "runs"), "--only", "QAT!"])
+    made = [Path(command[command.index("--workdir") + 1]).name for command in called]
+    assert made == ["LoRA_seed0", "QAT_seed0", "LoRA_seed1", "QAT_seed1"]  # and each that they are made from, once
+    with (tmp_path / "runs" / "results.csv").open() as file:
+        assert {row["run"] for row in csv.DictReader(file)} == set(made)
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "80")
+    sweep.main([str(study), "--output", str(tmp_path / "runs"), "--status"])
+    shown = capsys.readouterr().out
+    assert "4 of 6, about 0:00:00 left" in shown
+    assert len(re.findall("PTQ_seed. .* not asked for", shown)) == 2
+    with pytest.raises(InputError, match=r"--only PTX: there is no such arm; did you mean 'PTQ'\?"):
+        sweep.main([str(study), "--output", str(tmp_path / "runs"), "--only", "PTX"])
+
+
 def ends_with(code):
     """Arguments of Python that end so; below 0, by a signal."""
     return ["-c", f"import os; os.kill(os.getpid(), {-code})" if code < 0 else f"raise SystemExit({code})"]
