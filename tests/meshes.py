@@ -27,11 +27,12 @@ import scaling
 from PIL import Image
 from support import TINY
 
-from vitft_jax import calibration, data, pretrained, processes, product, quantizer, sharding, step, tree, vit
 from vitft_jax import config as configs
+from vitft_jax import data, pretrained, processes, product, quantizer, sharding, step, tree, vit
 from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.methods import quant
+from vitft_jax.ptq import calibration
 
 STEPS, BATCH, SIZE = 20, 8, 16
 DOUBLE = ("qat", "static", "int8")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from support import TINY, integer_dots, tiny
 
+from vitft_jax import config as configs
 from vitft_jax import (
-    calibration,
     decision,
     evaluate,
     metrics,
@@ -26,14 +26,13 @@ from vitft_jax import (
     tree,
     vit,
 )
-from vitft_jax import config as configs
 from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
 from vitft_jax.folder import Folder
 from vitft_jax.lock import Lock
 from vitft_jax.methods import quant
-from vitft_jax.ptq import gate, observe, simulate
+from vitft_jax.ptq import calibration, gate, observe, simulate
 from vitft_jax.ptq.options import Options
 from vitft_jax.ptq.recipe import Recipe
 

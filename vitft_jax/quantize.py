@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from vitft_jax import calibration, cli, data, decision, methods, metrics, report, run, runtime, tree
+from vitft_jax import cli, data, decision, methods, metrics, report, run, runtime, tree
 from vitft_jax import step as steps
 from vitft_jax.build import Built, build, whole_model
 from vitft_jax.checkpoint import Checkpoints
@@ -34,7 +34,7 @@ from vitft_jax.evaluate import Outputs, by_part, evaluate_split, fit_decision, o
 from vitft_jax.folder import Folder
 from vitft_jax.lock import Lock
 from vitft_jax.methods import quant
-from vitft_jax.ptq import gate, ranges, simulate
+from vitft_jax.ptq import calibration, gate, ranges, simulate
 from vitft_jax.ptq.gate import Simulation
 from vitft_jax.ptq.options import Options, add_flags, changed, check, defaults, trained_in_int8
 from vitft_jax.ptq.recipe import run as quantise

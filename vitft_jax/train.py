@@ -17,7 +17,6 @@ import numpy as np
 
 from vitft_jax import (
     IMPORTED,
-    calibration,
     cli,
     data,
     figures,
@@ -43,6 +42,7 @@ from vitft_jax.folder import Folder
 from vitft_jax.lock import Lock
 from vitft_jax.meter import LOG_EVERY, Meter
 from vitft_jax.preemption import Notice
+from vitft_jax.ptq import calibration
 from vitft_jax.report import page
 
 

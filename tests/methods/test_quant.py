@@ -12,12 +12,13 @@ import pytest
 from support import TINY, init, integer_dots, randomised, tiny
 
 import vitft_jax
-from vitft_jax import calibration, evaluate, methods, optim, quantizer, run, step, train, tree, vit
 from vitft_jax import config as configs
+from vitft_jax import evaluate, methods, optim, quantizer, run, step, train, tree, vit
 from vitft_jax.build import build, trains
 from vitft_jax.errors import InputError
 from vitft_jax.folder import Folder
 from vitft_jax.methods import quant
+from vitft_jax.ptq import calibration
 
 IMAGES = jax.random.normal(jax.random.key(7), (2, 16, 16, 3))
 BATCH = {"image": np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), np.uint8), "label": np.array([0, 1, 2, 1])}

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vitft_jax import calibration
 from vitft_jax.config import Config
 from vitft_jax.errors import InputError
 from vitft_jax.methods import quant
-from vitft_jax.ptq import ranges
+from vitft_jax.ptq import calibration, ranges
 from vitft_jax.ptq.recipe import Recipe
 
 

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vitft_jax import calibration, evaluate, run, step, train, tree
+from vitft_jax import evaluate, run, step, train, tree
 from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
 from vitft_jax.folder import Folder
+from vitft_jax.ptq import calibration
 
 
 @pytest.fixture
