@@ -8,11 +8,12 @@ Ours is `vitft_jax.train` on configs/METHOD.py. The peer is transformers with PE
 plain loop of torch: it starts from the same weights and head, which we hand to it as a Hugging Face folder, and gets the same
 batches, seed by seed, from our input pipeline. AdamW, what decays, clipping, the rate of each step, the number of steps, the
 choice of the epoch by `train.best_metric` on validation, temperature and thresholds are the same too. What differs is what each
-library draws for fresh adapters, and arithmetic.
+library draws for fresh adapters, and arithmetic. A key that the peer does not follow is refused.
 
-Each run is a process. Its folder gets predictions_test.csv and race.json: seconds per step, input included and the first step
-left out, and the peak memory of the process, evaluation included (the peer's imports JAX too, for the input pipeline and the
-metrics). A run that is there is not repeated. The table gives means over the seeds with their range, and paired differences
+Each run is a process. Its folder gets predictions_test.csv and race.json: its config; seconds per step, input included and the
+first step left out; and the peak memory of the process, evaluation included. The peer's holds JAX and our copy of the model
+too, for the input pipeline, the start and the metrics: what torch alone needs is in docs/benchmarks.md. A run that is there is
+not repeated, and refused under another config. The table gives means over the seeds with their range, and paired differences
 with 95 % bootstrap intervals (seeds.pooled_change); with --publish FOLDER it also goes to NAME.md there, NAME being that of
 --output. Needs the extra `interop`.
 """
@@ -47,6 +48,21 @@ METHODS = ("lora", "adalora", "full")
 SIDES = ("ours", "peer")
 MODULES = {"qv": ["q_proj", "v_proj"], "qkv": ["q_proj", "k_proj", "v_proj"]}  # of PEFT, by our targets
 CONFIGS = Path(__file__).parent.parent / "configs"
+FOLLOWED = (
+    "seed", "dtype", "data.", "augment.", "model.pretrained", "model.revision", "model.name", "train.epochs", "train.steps",
+    "train.batch_size", "train.lr", "train.warmup", "train.weight_decay", "train.clip", "train.best_metric", "lora.rank",
+    "lora.alpha", "lora.dropout", "lora.targets", "adalora.", "figures.", "log.",
+)  # fmt: skip
+"""Beginnings of the keys that the peer follows."""
+NOT_FOLLOWED = (
+    "data.labels",
+    "data.workers",
+    "augment.mixup",
+    "augment.cutmix",
+    "lora.rank_pattern",
+    "adalora.importance_at",
+)
+"""Keys among them that it does not."""
 
 
 def ours(config: configs.Config, folder: Path) -> float:
@@ -59,12 +75,11 @@ def peer(config: configs.Config, folder: Path) -> float:
     """Trains by torch; writes predictions_test.csv into the folder and returns seconds per step.
 
     Raises:
-        InputError: The config has what the peer does not do.
+        InputError: As `check`.
     """
     import torch
 
-    if config.train.accumulate > 1 or config.train.patience or len(config.methods) > 1 or config.model.features:
-        raise InputError("the peer knows one method, and neither train.accumulate, train.patience nor model.features")
+    check(config)
     torch.manual_seed(config.seed)
     config, source = run.resolve(config)
     dataset = data.load(config.data, config.seed)
@@ -74,7 +89,7 @@ def peer(config: configs.Config, folder: Path) -> float:
     decayed = [p for name, p in trained.items() if name.endswith("weight") and p.ndim > 1 and "lora_" not in name]
     rest = [p for p in trained.values() if not any(p is d for d in decayed)]
     groups = [{"params": decayed, "weight_decay": config.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)  # as transformers' own trainer has it by default
     rate = optim.schedule(config, built.total_steps)
     rates = [float(rate(step)) for step in range(built.total_steps)]
     cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.dtype == "bfloat16")
@@ -131,6 +146,20 @@ def peer(config: configs.Config, folder: Path) -> float:
     return seconds / max(timed, 1)
 
 
+def check(config: configs.Config) -> None:
+    """Raises InputError if the config has what the peer does not do, and would not say so."""
+    method = config.methods[0] if config.methods else "full"
+    if len(config.methods) > 1 or method not in METHODS:
+        raise InputError(f"config key methods={config.methods}: the peer knows one of {', '.join(METHODS)}")
+    for key, _, value in configs.changes(configs.load(str(CONFIGS / f"{method}.py")), config):
+        if not key.startswith(FOLLOWED) or key in NOT_FOLLOWED:
+            raise InputError(
+                f"config key {key}={value!r}: the peer does not follow it; leave it as in configs/{method}.py"
+            )
+    if config.methods and config[method].targets not in MODULES:
+        raise InputError(f"config key {method}.targets={config[method].targets!r}: of the peer, {' or '.join(MODULES)}")
+
+
 def _reading(config: configs.Config) -> dict[str, Any]:
     return {"batch_size": config.train.batch_size, "image_size": config.data.image_size, "fit": config.data.fit}
 
@@ -152,10 +181,6 @@ def _network(config: configs.Config, dataset: data.Dataset, built: Built, folder
     if not config.methods:
         return network
     group = config[config.methods[0]]
-    if group.targets not in MODULES:
-        raise InputError(
-            f"config key {config.methods[0]}.targets={group.targets!r}: of the peer, {' or '.join(MODULES)}"
-        )
     common = {"target_modules": MODULES[group.targets], "modules_to_save": ["classifier"], "lora_alpha": group.alpha}
     if config.methods[0] == "lora":
         return peft.get_peft_model(network, peft.LoraConfig(r=group.rank, lora_dropout=group.dropout, **common))
@@ -169,7 +194,26 @@ def one(side: str, config: configs.Config, folder: Path) -> None:
     """A run of one side."""
     folder.mkdir(parents=True, exist_ok=True)
     seconds = (ours if side == "ours" else peer)(config, folder)
-    report.write_json(folder / "race.json", {"seconds_per_step": seconds, "peak_mib": contest.peak_mib()})
+    told = {"config": made(config), "seconds_per_step": seconds, "peak_mib": contest.peak_mib()}
+    report.write_json(folder / "race.json", told)
+
+
+def made(config: configs.Config) -> dict[str, Any]:
+    """What a run was made with, as race.json has it."""
+    return json.loads(configs.to_json(configs.absolute(config)))
+
+
+def done(folder: Path, config: configs.Config) -> bool:
+    """Whether the run of a folder is done.
+
+    Raises:
+        InputError: It was made with another config.
+    """
+    if not (folder / "race.json").exists():
+        return False
+    if json.loads((folder / "race.json").read_text(encoding="utf-8")).get("config") != made(config):
+        raise InputError(f"{folder}: was made with other settings; choose another --output, or delete this run")
+    return True
 
 
 def table(output: Path, method: str, numbers: Sequence[int]) -> list[str]:
@@ -191,11 +235,12 @@ def table(output: Path, method: str, numbers: Sequence[int]) -> list[str]:
         for name in ("accuracy", "auroc")
     ]
     ratios = [b["seconds_per_step"] / a["seconds_per_step"] for a, b in zip(told["ours"], told["peer"], strict=True)]
-    memory = statistics.mean(a["peak_mib"] / b["peak_mib"] for a, b in zip(told["ours"], told["peer"], strict=True))
-    rows.append(
-        [method, "ours against the peer", *paired, f"{_range(ratios, 2)} times the speed", f"{memory:.2f} times"]
-    )
+    rows.append([method, "ours against the peer", *paired, f"{_range(ratios, 2)} times the speed", ""])
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _config(method: str, seed: int, overrides: Sequence[str]) -> configs.Config:
+    return configs.load(str(CONFIGS / f"{method}.py"), [*overrides, f"seed={seed}"])
 
 
 def _range(values: Sequence[float], digits: int) -> str:
@@ -220,18 +265,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--seeds {options.seeds}: numbers, such as 0,1,2")
     numbers = [int(seed) for seed in options.seeds.split(",")]
     if options.one:
-        config = configs.load(str(CONFIGS / f"{chosen[0]}.py"), [*overrides, f"seed={numbers[0]}"])
+        config = _config(chosen[0], numbers[0], overrides)
         if options.one == "ours":
             runtime.start()
         one(options.one, config, options.output / f"{chosen[0]}_{options.one}_{numbers[0]}")
         return
     for method in chosen:
-        configs.load(str(CONFIGS / f"{method}.py"), overrides)  # what is wrong is said once, and at once
+        check(_config(method, 0, overrides))  # what is wrong is said once, and at once
     lines = []
     for method in chosen:
         for seed in numbers:
             for side in SIDES:
-                if (options.output / f"{method}_{side}_{seed}" / "race.json").exists():
+                if done(options.output / f"{method}_{side}_{seed}", _config(method, seed, overrides)):
                     continue
                 command = [__file__, "--output", str(options.output), "--methods", method, "--seeds", str(seed)]
                 command += ["--one", side, *(f"--config.{override}" for override in overrides)]

@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--metric", default="accuracy", help="of the test split; stands before AUROC, and in the picture"
     )
-    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--rounds", type=contest.count, default=9)
     arguments.add_argument("--steps", type=int, default=3, help="timed in a turn; the round counts their median")
     arguments.add_argument("--plot", type=Path, help="write the picture to this file")
     arguments.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

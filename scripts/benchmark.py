@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import contestants
-from contest import Contestant, quartiles, race, serve, spread
+from contest import Contestant, count, quartiles, race, serve, spread
 from contestants import GRAPHS, LAYERS, SKIP, SKIP_FORWARD, Label, images_of, layers, parse
 
 from vitft_jax.errors import InputError, nearest
@@ -223,11 +223,11 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("tasks", nargs="*", default=["forward", "lora", "full"], help=", ".join([*TASKS, *FAMILIES]))
     arguments.add_argument("--model", default="vit_small_patch16", help="a key of vit.VARIANTS (plain ViT)")
-    arguments.add_argument("--size", type=int, default=224, help="pixels")
-    arguments.add_argument("--batch", type=int, default=8)
+    arguments.add_argument("--size", type=count, default=224, help="pixels")
+    arguments.add_argument("--batch", type=count, default=8)
     arguments.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    arguments.add_argument("--rounds", type=int, default=9)
-    arguments.add_argument("--turns", type=int, default=3, help="steps per round; the round counts their median")
+    arguments.add_argument("--rounds", type=count, default=9)
+    arguments.add_argument("--turns", type=count, default=3, help="steps per round; the round counts their median")
     arguments.add_argument("--only", type=lambda text: text.split(","), metavar="NAME,...", help="of the contestants")
     arguments.add_argument("--variant", action="append", default=[], metavar="NAME=VALUE", help="see above; repeatable")
     arguments.add_argument("--json", type=Path, metavar="FILE", help="also writes the rows there, each round of them")

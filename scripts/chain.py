@@ -84,7 +84,8 @@ def read(folder: Path, name: str) -> Arm:
     first = next(iter(runs.values()))
     summary = trained = _summary(first)
     while "source" in trained["method"]:
-        trained = _summary(Path(trained["method"]["source"]))
+        source = Path(trained["method"]["source"])
+        trained = _summary(source if source.is_dir() else folder / source.name)  # the folder may have been moved
     size = summary["bytes"]
     return Arm(
         name,
@@ -101,9 +102,10 @@ def _summary(run: Path) -> dict[str, Any]:
 
 def race(folder: Path, arms: Sequence[Arm], options: argparse.Namespace) -> dict[str, list[float]]:
     """Images per second of transformers and of each arm, by round."""
-    exported, work = folder / "transformers", f"inference {options.batch}"
+    first = next(iter(arms[0].runs.values()))
+    exported, work = folder / f"transformers_{first.name}", f"inference {options.batch}"
     if not exported.exists():
-        export(next(iter(arms[0].runs.values())), exported, "hf")
+        export(first, exported, "hf")
     passed = ["--batch", str(options.batch), "--steps", str(options.steps)]
     contestants = [contest.Contestant(PEER, [__file__, str(exported), "--serve", *passed])]
     for arm in arms:
@@ -185,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments.add_argument("--metric", default="accuracy")
     arguments.add_argument("--batch", type=int, default=32)
-    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--rounds", type=contest.count, default=9)
     arguments.add_argument("--steps", type=int, default=3, help="timed in a turn; the round counts their median")
     arguments.add_argument("--no-race", dest="race", action="store_false", help="leave the speed out")
     arguments.add_argument("--publish", type=Path, metavar="FOLDER", help="write what is printed there too")

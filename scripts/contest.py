@@ -4,6 +4,7 @@ A contestant does its work once, which compiles it, and a few times more to warm
 through all contestants, so each ratio compares neighbours in time and a machine that slows down slows everybody.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -18,6 +19,13 @@ from pathlib import Path
 Work = Callable[[], object]
 WARM_UP = 4
 _marks: dict[str, float] = {}
+
+
+def count(text: str) -> int:
+    """A flag's number of rounds, steps or images: at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1 is needed")
+    return int(text)
 
 
 def imported() -> None:
@@ -165,8 +173,10 @@ def race(contestants: Sequence[Contestant], rounds: int) -> None:
 
 def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
     """The lower one, the median and the upper one."""
-    values = list(values)
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    values = sorted(values)
+    if len(values) < 3:  # of which quantiles() would go beyond the data
+        return values[0], statistics.median(values), values[-1]
+    low, middle, high = statistics.quantiles(values, n=4)
     return low, middle, high
 
 

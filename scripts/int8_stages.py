@@ -68,6 +68,8 @@ HEAD = (
 
 
 def _summaries(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    if missing := [run for run in runs if not (run / "summary.json").is_file()]:
+        raise InputError(f"{missing[0]}: no summary.json, so there is no run or it is not finished")
     return [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in runs]
 
 
@@ -125,17 +127,29 @@ def table(runs: Sequence[Path], originals: Sequence[Path], output: Path, stages:
     """Lines of the table; quantises what is not there yet.
 
     Raises:
-        InputError: Whatever `quantize` refuses.
+        InputError: A run is not finished, two have the same name, what is there was made from others, or whatever `quantize`
+            refuses.
     """
+    if len({run.absolute().name for run in runs}) < len(runs):
+        raise InputError(
+            f"{', '.join(map(str, runs))}: each needs a name of its own, since its int8 run is named after it"
+        )
     lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|", float_row(originals)]
     of_planted = False
     for name in stages:
         stage, made = STAGES[name], []
         for run in runs:
-            made.append(output / f"{run.name}_{name.replace(': ', '_').replace(', ', '_').replace(' ', '-')}")
+            made.append(
+                output / f"{run.absolute().name}_{name.replace(': ', '_').replace(', ', '_').replace(' ', '-')}"
+            )
             if not made[-1].exists():  # quantize moves it there when it is whole
                 output.mkdir(parents=True, exist_ok=True)
                 quantize(run, made[-1], stage.options, planted if stage.planted else None)
+            source = Path(_summaries(made[-1:])[0]["method"]["source"])
+            if source.absolute() != run.absolute():
+                raise InputError(
+                    f"{made[-1]}: was made from {source}, not from {run}; choose another --output, or delete it"
+                )
         if stage.planted and not of_planted:
             lines.append(planted_float_row(originals, made))
             of_planted = True

@@ -26,6 +26,7 @@ from contestants import FORWARD, ours, parse
 
 from vitft_jax import cli, report, runtime, step
 from vitft_jax.errors import InputError, nearest
+from vitft_jax.vit import VARIANTS
 
 TASKS = {
     "lora": "lora/ours",
@@ -166,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments.parse_args(argv)
     if unknown := set(options.tasks) - set(TASKS):
         raise InputError(f"unknown task {min(unknown)!r}; {nearest(min(unknown), TASKS)}")
+    if options.model not in VARIANTS:
+        raise InputError(f"--model {options.model}; {nearest(options.model, VARIANTS)}")
     runtime.start()
     print(f"{options.model}, {options.size} px, batch {options.batch}; {report.cpu()}; jax {jax.__version__}\n")
     for task in options.tasks:

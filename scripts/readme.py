@@ -4,7 +4,7 @@
     python scripts/readme.py --check    # only says what is out of date; exit code 2 then
 
 A block lies between the lines ``<!-- results:NAME -->`` and ``<!-- end -->``. `readme_blocks.BLOCKS` says what each contains:
-its files in docs/results and its lines, in which a field ``{FILE:KIND ARGUMENTS}`` stands for a number. `Benchmark`, `Rows` and
+its files in docs/results and its lines, in which a field ``{FILE:KIND ARGUMENTS}`` stands for a number. `Benchmark`, `Runs` and
 `Page` have the kinds. A block whose file is not there yet says which command makes it.
 """
 
@@ -100,27 +100,32 @@ class Benchmark:
         return f"`{told['command']}`: {where}.{peak}"
 
 
-class Rows:
-    """A table with a column `row`. Arguments of the kinds: a column, and the row."""
+class Runs:
+    """The runs of a sweep, a line each. Arguments of the kinds: a column, and an arm."""
 
     def __init__(self, text: str) -> None:
-        self.rows = {row["row"]: row for row in csv.DictReader(text.splitlines())}
+        self.arms: dict[str, list[dict[str, str]]] = {}
+        for line in csv.DictReader(text.splitlines()):
+            self.arms.setdefault(line["arm"], []).append(line)
 
-    def value(self, column: str, *row: str) -> str:
-        """A cell as it stands there."""
-        return self._row(row)[column]
+    def value(self, column: str, *arm: str) -> str:
+        """A cell of the first run, as it stands there."""
+        return self._runs(arm)[0][column]
 
-    def measured(self, column: str, *row: str) -> str:
-        """A value with its 95 % interval, or of several seeds with their range."""
-        found = self._row(row)
-        value, low, high = (found[f"{column}{end}"] for end in ("", "_low", "_high"))
-        return f"{value} [{low} to {high}]" if int(found["seeds"]) > 1 else f"{value} ({low} to {high})"
+    def measured(self, column: str, *arm: str) -> str:
+        """The value of a run with its 95 % interval, or the mean of several with their range."""
+        runs = self._runs(arm)
+        values = [float(run[column]) for run in runs]
+        if len(runs) > 1:
+            return f"{statistics.fmean(values):.3f} [{min(values):.3f} to {max(values):.3f}]"
+        low, high = (float(runs[0][f"{column}_{end}"]) for end in ("low", "high"))
+        return f"{values[0]:.3f} ({low:.3f} to {high:.3f})"
 
-    def _row(self, words: Sequence[str]) -> dict[str, str]:
+    def _runs(self, words: Sequence[str]) -> list[dict[str, str]]:
         name = " ".join(words)
-        if name not in self.rows:
-            raise InputError(f"no row {name!r}; {nearest(name, self.rows)}")
-        return self.rows[name]
+        if name not in self.arms:
+            raise InputError(f"no arm {name!r}; {nearest(name, self.arms)}")
+        return self.arms[name]
 
 
 class Page:
@@ -134,10 +139,10 @@ class Page:
         return self.tables
 
 
-KINDS = {".json": Benchmark, ".csv": Rows, ".md": Page}
+KINDS = {".json": Benchmark, ".csv": Runs, ".md": Page}
 
 
-def opened(folder: Path, name: str) -> Benchmark | Rows | Page:
+def opened(folder: Path, name: str) -> Benchmark | Runs | Page:
     """A file of docs/results.
 
     Raises:

@@ -209,7 +209,11 @@ def main() -> None:
     import jax
 
     from vitft_jax import report, runtime
+    from vitft_jax.errors import InputError, nearest
+    from vitft_jax.vit import VARIANTS
 
+    if options.model not in VARIANTS:
+        raise InputError(f"--model {options.model}; {nearest(options.model, VARIANTS)}")
     runtime.start()
     base = Setting(**{name: getattr(options, name) for name in vars(Setting()) if name != "method"})
     print(f"{base.model}, {base.size} px, batch {base.batch}, rank {base.rank}, {base.dtype}, remat {base.remat}")
@@ -220,4 +224,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from vitft_jax import cli
+
+    cli.main(main)

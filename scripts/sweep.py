@@ -34,9 +34,10 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from sweep_file import Sweep, check_metrics, of_arms, read
-from sweep_progress import STATUS, progress, results
+from sweep_progress import STATUS, done_before, progress, results
 
 from vitft_jax import cli, report
+from vitft_jax import config as configs
 from vitft_jax.errors import InputError
 
 ENDED = (75, 130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
@@ -64,9 +65,9 @@ def check(sweep: Sweep, output: Path) -> None:
         if not (path.is_file() and (output / name).exists()):
             continue
         then = json.loads(path.read_text(encoding="utf-8"))
-        if then != now:
+        if differ := _differences(then, now):
             raise InputError(
-                f"{output / name}: was made with other settings: {'; '.join(_differences(then, now)[:5])}. "
+                f"{output / name}: was made with other settings: {'; '.join(differ[:5])}. "
                 "Choose another --output, or delete this run and those made from it"
             )
     for job in sweep.jobs:
@@ -80,7 +81,7 @@ def _differences(then: Mapping[str, Any], now: Mapping[str, Any], of: str = "") 
         a, b = then.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += _differences(a, b, "of the run that it is made from, " if key == "from" else of)
-        elif a != b:
+        elif a != b and not key.startswith(configs.ON_RESUME):
             found.append(f"{of}{key} {a!r} there, {b!r} here")
     return found
 
@@ -96,7 +97,7 @@ def run(sweep: Sweep, output: Path, only: Sequence[str] = ()) -> dict[str, str]:
     Raises:
         InputError: As `check` and `of_arms`; a metric that the task does not have is found once the first run is done.
     """
-    jobs = of_arms(sweep, only)
+    jobs, earlier = of_arms(sweep, only), done_before(output)
     output.mkdir(parents=True, exist_ok=True)
     check(sweep, output)
     noted = notes(sweep)
@@ -106,7 +107,9 @@ def run(sweep: Sweep, output: Path, only: Sequence[str] = ()) -> dict[str, str]:
 
         def show(name: str, value: str) -> None:
             state[name] = value
-            report.write_json(output / STATUS, {"process": os.getpid(), "since": time.time(), "runs": state})
+            known = earlier | state  # in the order of the sweep, then those of other grids
+            runs = {n: known[n] for n in dict.fromkeys([*(job.name for job in sweep.jobs), *known]) if n in known}
+            report.write_json(output / STATUS, {"process": os.getpid(), "since": time.time(), "runs": runs})
             if not console.is_terminal:
                 print(f"{sum(v == 'done' for v in state.values())}/{len(state)} done; {name}: {value}", flush=True)
             look()

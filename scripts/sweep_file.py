@@ -35,6 +35,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -221,16 +222,20 @@ def _check_shown(path: Path, x: str, grid: Mapping[str, list[Any]], shown: Seque
 def _job(path: Path, base: dict[str, Any], arm: dict[str, Any], values: dict[str, Any], arms: list[str]) -> Job:
     def other(name: Any) -> str:
         if name not in arms:
-            raise InputError(f"{path}: arm {arm['name']!r} is made from {name!r}; {nearest(str(name), arms)}")
+            of = f"arm {arm['name']!r}" if "name" in arm else "each run"
+            raise InputError(f"{path}: {of} is made from arm {name!r}; {nearest(str(name), arms)}")
         return _name(name, values)
 
     if "quantize" in arm:
         if extra := set(arm) - set(OF_ARM):
             raise InputError(f"{path}: arm {arm['name']!r} quantises, so it has no {min(extra)!r}; only {OF_ARM}")
         source, name = other(arm["quantize"]), _name(arm["name"], values)
-        options = tuple(map(str, arm.get("options", ())))
+        given = arm.get("options", ())
+        options = tuple(shlex.split(given) if isinstance(given, str) else map(str, given))
         command = ("-m", "vitft_jax.quantize", "--workdir", f"@/{source}", "--output", f"@/{name}", *options)
         return Job(arm["name"], values, name, command, {"quantize": list(options)}, source)
+    if both := [key for key in arm if key in values]:
+        raise InputError(f"{path}: arm {arm['name']!r} has {both[0]!r} of its own, and so has the grid; one of them")
     settings = {**base, **{key: value for key, value in arm.items() if key != "name"}, **values}
     if "options" in settings or not isinstance(settings.get("config"), str):
         raise InputError(f"{path}: arm {arm.get('name', '')!r}: 'config' names its file; 'options' are of 'quantize'")

@@ -24,6 +24,13 @@ def results(output: Path, job: Job) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def done_before(output: Path) -> dict[str, str]:
+    """What earlier calls have done in the folder of a sweep, such as of other arms: 'done', by name of the run."""
+    path = output / STATUS
+    runs = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else {}
+    return {name: state for name, state in runs.items() if state == "done" and (output / name).exists()}
+
+
 def progress(sweep: Sweep, output: Path, height: int) -> Table:
     """The newest lines around the run that goes on, as high as the terminal, from what the sweep writes.
 

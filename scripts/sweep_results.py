@@ -68,15 +68,16 @@ def publish(output: Path, folder: Path) -> None:
 def _csv(path: Path, sweep: Sweep, done: Sequence[tuple[Job, dict[str, Any]]], known: Sequence[str]) -> None:
     keys = list(sweep.jobs[0].values)
     head = ["run", "arm", *keys, *(f"{name}{part}" for name in known for part in ("", "_low", "_high"))]
-    head += ["trainable_parameters", "seconds"]
+    head += ["trainable_parameters", "trainable_percent", "megabytes", "seconds"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(head)
         for job, told in done:
             test = told["metrics"]["test"]
             numbers = [test.get(name, {}).get(part) for name in known for part in ("value", "low", "high")]
-            trained = (told["parameters"]["trainable"], f"{told['timing']['seconds']:.1f}")
-            writer.writerow([job.name, job.arm, *job.values.values(), *numbers, *trained])
+            p, seconds = told["parameters"], f"{told['timing']['seconds']:.1f}"
+            sizes = (p["trainable"], f"{p['trainable_percent']:.2f}", f"{_bytes(told) / 1e6:.1f}")
+            writer.writerow([job.name, job.arm, *job.values.values(), *numbers, *sizes, seconds])
 
 
 def markdown(

@@ -8,6 +8,7 @@ on one batch of images in memory; the contestants take turns, and the ratio to t
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import contest
 import jax
 import numpy as np
 
-from vitft_jax import cli, data, flops, methods, metrics, run, runtime, step
+from vitft_jax import cli, data, decision, flops, methods, metrics, run, runtime, step
 from vitft_jax import config as configs
 from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
@@ -57,9 +59,12 @@ def measure(options: argparse.Namespace) -> list[Candidate]:
     """Evaluates and times every combination; the first is the run as it is.
 
     Raises:
-        InputError: There is no run or no checkpoint, or the metric is unknown.
+        InputError: There is no run or no checkpoint, the run skips already or is in int8, or the metric is unknown or not
+            defined on the validation split.
     """
     folder = Folder(options.run)
+    if folder.whole() is not None:
+        raise InputError(f"{options.run}: is quantised; the search starts from the run that it was made from")
     config, source = run.resolve(folder.config())
     dataset = folder.dataset(config)
     built = build(config, dataset, source)
@@ -84,7 +89,9 @@ def measure(options: argparse.Namespace) -> list[Candidate]:
             continue
         program = replace(built.program, method=method, model=built.program.model.clone(select=method.select))
         out = outputs(program, trainable, built.frozen, dataset, "val", config)
-        value = out.metrics[options.metric]
+        value = replace(out, decision=decision.read(folder.path)).metrics[options.metric]
+        if math.isnan(value):
+            raise InputError(f"--metric {options.metric}: is not defined on the validation split of {options.run}")
         found.append(Candidate(overrides, program, value, flops.report(program.model, size)["ratio"]))
         print(f"{options.metric} {value:.4f}  {found[-1].flags}", flush=True)
 
@@ -126,8 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments.add_argument("--metric", default="accuracy", help="of the validation split")
     arguments.add_argument("--tolerance", type=float, default=0.01, help="how much of the metric may be lost")
     arguments.add_argument("--batch", type=int, default=8, help="images that are timed together")
-    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--rounds", type=contest.count, default=9)
     options = arguments.parse_args(argv)
+    if options.tolerance < 0:
+        raise InputError(f"--tolerance {options.tolerance}: at least 0")
     found = measure(options)
     chosen = choose(found, options.tolerance)
     print(f"\n| settings | FLOPs | images/s | speed | val {options.metric} |\n|---|---|---|---|---|")

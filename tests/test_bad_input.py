@@ -111,6 +111,8 @@ SETTINGS = [
     ("config.lora.rank=many", "config key lora.rank='many': a whole number is needed"),
     ("config.lora.rank=-1", "lora.rank=-1"),
     ("config.lora.targets=(", "lora: '(' is none of"),
+    ("config.lora.targets=", "lora.targets='': would match every layer; one of ['encoder', 'qkv', 'qv']"),
+    ("config.train.trainable=", "config key train.trainable='': would match every name; '.' trains all of them"),
     ("config.lora.rank_pattern=3", "lora.rank_pattern=(3,): pairs of a regex and a rank"),
     ("config.lora.rank_pattern=(('x','y'),)", "lora.rank_pattern=(('x', 'y'),): pairs of a regex and a rank"),
     ("config.methods=1", "config.methods: unknown method '1'; choose one of"),

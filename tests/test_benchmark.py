@@ -173,6 +173,9 @@ def test_without_the_extra_what_is_missing_is_named_and_left_out(monkeypatch, ca
     assert benchmark.kept("input", options) == ["ours", "step"]
     said = capsys.readouterr().err
     assert "forward: timm is left out; it needs torch, timm (extra `interop`)" in said
+    graph = Label("forward", "onnx", "bfloat16")  # its graph is float32, whatever the others have
+    assert contestants.lacks(graph) == "float32, the dtype of its graph"
+    assert "float32" not in contestants.lacks(graph._replace(task="int8"))
     assert benchmark.version("a package that nobody has") == "not installed"
     with pytest.raises(InputError, match="no contestant is left in forward"):
         benchmark.main(["forward", "--only", "timm"])

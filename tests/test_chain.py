@@ -61,6 +61,13 @@ def test_a_row_follows_the_chain(runs, capsys, monkeypatch):
     assert "speed no" in shown[-2]
 
 
+def test_a_sweep_that_was_moved_is_read(runs):
+    moved = runs.parent / "moved"
+    runs.rename(moved)
+    assert chain.read(moved, "int8").trainable == 0.69
+    moved.rename(runs)
+
+
 def test_what_is_missing_is_named(runs, capsys):
     with pytest.raises(InputError, match="no sweep was started there"):
         chain.main([str(runs), "--no-race"])
@@ -89,7 +96,7 @@ def test_the_race_is_of_the_first_seeds_and_of_the_exported_first_arm(runs, monk
     options = chain.argparse.Namespace(batch=4, steps=2, rounds=2)
     arms = [chain.read(runs, name) for name in ("full", "int8")]
     assert chain.race(runs, arms, options) == {c: [8.0, 16.0] for c in ("transformers", "full", "int8")}
-    assert exported == [(runs / "full_seed0", runs / "transformers", "hf")]
+    assert exported == [(runs / "full_seed0", runs / "transformers_full_seed0", "hf")]
     assert [name for name, _ in started] == ["transformers", "full", "int8"]
     assert [command[0] for _, command in started[1:]] == [str(runs / "full_seed0"), str(runs / "int8_seed0")]
 

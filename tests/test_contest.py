@@ -1,5 +1,6 @@
 """Timing side by side, by scripts/contest.py."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -44,6 +45,19 @@ def start(tmp_path, monkeypatch):
 
     start.log = tmp_path / "log"
     return start
+
+
+def test_quartiles_stay_within_the_rounds():
+    assert contest.quartiles([5.0]) == (5, 5, 5)
+    assert contest.quartiles([20.0, 10.0]) == (10, 15, 20)
+    assert contest.quartiles([5.0, 1.0, 4.0, 2.0, 3.0]) == (1.5, 3, 4.5)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
+def test_a_number_of_rounds_is_at_least_one(text):
+    assert contest.count("3") == 3
+    with pytest.raises(argparse.ArgumentTypeError, match="a whole number of at least 1"):
+        contest.count(text)
 
 
 def test_contestants_take_turns_and_never_work_at_once(start):

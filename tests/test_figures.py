@@ -73,13 +73,16 @@ def test_a_heat_map_has_the_blocks_from_the_first_to_the_last_and_each_number_in
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), real(self, *a, **k)))
     values = {f"blocks_{i}/{name}": i + 0.5 * j for i in (10, 2, 0) for j, name in enumerate(("attn/query", "mlp/up"))}
     del values["blocks_2/mlp/up"]
+    values["head"] = 7
     report.heat_map(tmp_path / "figures" / "ranks.png", values, "ranks")
     axes = drawn[0].axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["blocks_0", "blocks_2", "blocks_10"]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["attn/query", "mlp/up"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["head", "blocks_0", "blocks_2", "blocks_10"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["attn/query", "mlp/up", ""]
     assert axes.get_title() == "ranks"
     written = {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axes.texts}
-    assert written == {(0, 0): "0", (0, 1): "0.5", (1, 0): "2", (2, 0): "10", (2, 1): "10.5"}
-    np.testing.assert_array_equal(np.ma.filled(axes.images[0].get_array(), np.nan), [[0, 0.5], [2, np.nan], [10, 10.5]])
+    assert written == {(0, 2): "7", (1, 0): "0", (1, 1): "0.5", (2, 0): "2", (3, 0): "10", (3, 1): "10.5"}
+    none = np.nan
+    drawn_there = [[none, none, 7], [0, 0.5, none], [2, none, none], [10, 10.5, none]]
+    np.testing.assert_array_equal(np.ma.filled(axes.images[0].get_array(), none), drawn_there)
     with Image.open(tmp_path / "figures" / "ranks.png") as picture:
         assert picture.format == "PNG"

@@ -1,7 +1,9 @@
 """The table of the stages of the int8 recipe, by scripts/int8_stages.py."""
 
 import csv
+import json
 
+import folders
 import int8_stages
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,24 @@ def test_a_table_over_two_seeds_that_quantises_once(tiny_config, tmp_path, monke
     assert int8_stages.table(runs, runs, tmp_path / "int8", stages) == lines
     with pytest.raises(InputError, match="its test images or their labels are not those of"):
         int8_stages.table(runs, runs[::-1], tmp_path / "int8", stages)
+
+
+def test_runs_that_cannot_be_told_apart_or_are_not_there(tmp_path):
+    runs = [tmp_path / f"demo_{seed}" / "lora" for seed in (0, 1)]
+    with pytest.raises(InputError, match="each needs a name of its own"):
+        int8_stages.table(runs, runs, tmp_path / "int8", ["min-max"])
+    with pytest.raises(InputError, match=r"demo_0/lora: no summary\.json"):
+        int8_stages.table(runs[:1], runs[:1], tmp_path / "int8", ["min-max"])
+
+
+def test_int8_runs_of_another_run_are_not_taken_for_those_of_this_one(tmp_path):
+    run = folders.write(tmp_path / "lora")
+    made = folders.write(tmp_path / "int8" / "lora_min-max")
+    told = json.loads((made / "summary.json").read_text())
+    told["method"] = {"source": str(tmp_path / "elsewhere" / "lora")}
+    (made / "summary.json").write_text(json.dumps(told))
+    with pytest.raises(InputError, match=r"was made from .*elsewhere/lora, not from"):
+        int8_stages.table([run], [run], tmp_path / "int8", ["min-max"])
 
 
 def test_planted_outliers_change_nothing_in_float_to_the_bit():

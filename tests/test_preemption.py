@@ -1,9 +1,14 @@
-"""SIGTERM to one of several processes ends all of them after the same step."""
+"""SIGTERM: to one of several processes it ends all of them after the same step, and none is lost."""
 
 import signal
 import socket
 import subprocess
 import sys
+
+import pytest
+
+from vitft_jax.errors import Preempted
+from vitft_jax.preemption import Notice, end_at_once
 
 LOOP = """
 import os, sys, time
@@ -21,6 +26,21 @@ with Notice() as notice:
             sys.exit(step % 200 + 1)
 sys.exit(0)
 """
+
+
+def fails_after_sigterm():
+    with Notice():
+        signal.raise_signal(signal.SIGTERM)
+        raise ValueError("the loss is not finite")
+
+
+def test_what_came_while_the_loop_failed_goes_on_to_who_listened_before():
+    with end_at_once():
+        with pytest.raises(Preempted):
+            fails_after_sigterm()
+        with Notice() as notice:
+            signal.raise_signal(signal.SIGTERM)
+            assert notice.came(1)  # and whoever asks has been told
 
 
 def test_several_processes_end_after_the_same_step():

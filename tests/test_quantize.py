@@ -359,6 +359,15 @@ def test_that_an_int8_base_is_quantised_again_is_said(image_folder, tmp_path, ca
     assert summary["method"]["float_model"] == "the merged kernels of the run, multiplied in float"
 
 
+def test_a_run_of_more_devices_is_quantised_on_those_of_today(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    told["mesh"]["model"] = 2
+    (tmp_path / "run" / "config.json").write_text(json.dumps(told))
+    quantize.quantize(tmp_path / "run", tmp_path / "int8", Options(max_drop=None))
+    assert Folder(tmp_path / "int8").config().mesh.model == 1
+
+
 def test_calibration_images_are_those_of_the_seed(trained):
     source = quantize._source(trained)
     first, same, other = (calibration.subset(source.dataset, 8, seed).splits for seed in (3, 3, 4))

@@ -131,6 +131,11 @@ def test_arms_are_made_from_each_other_in_order(tmp_path):
         ("[[arms]]\nname='b'\nquantize='b'", "made from itself"),
         ("[[arms]]\nname='b'\nquantize='b'\nseed=1", "has no 'seed'"),
         ("[base]\nseed=1", "'config' names its file"),
+        (
+            f"[grid]\nseed=[0]\n[[arms]]\nname='b'\nseed=1\n{CONFIG}",
+            "arm 'b' has 'seed' of its own, and so has the grid",
+        ),
+        (f"[base]\n{CONFIG}'model.pretrained'='@b'", "each run is made from arm 'b'"),
         ("[base]\nconfig='configs/lroa.py'", "'configs/lroa.py': there is no such file"),
         (f"[base]\n{CONFIG}'lora.rnak'=1", "run run: unknown config key 'lora.rnak'; did you mean 'lora.rank'"),
         (f"[base]\n{CONFIG}[grid]\n'train.lr'=[1e-3, -1]", "run lr-1: config key train.lr=-1"),
@@ -154,6 +159,13 @@ def test_a_file_that_is_no_sweep(tmp_path, text, says):
 def test_a_change_that_would_be_ignored_is_refused(tmp_path, change, says):
     with pytest.raises(InputError, match=says):
         sweep.read(written(tmp_path, ARMS), [change])
+
+
+def test_options_of_quantize_may_be_one_text(tmp_path):
+    study = sweep.read(written(tmp_path, ARMS), ["PTQ:options=--static '99.9' --max_drop 1"])
+    job = next(job for job in study.jobs if job.arm == "PTQ")
+    assert job.command[-4:] == ("--static", "99.9", "--max_drop", "1")
+    assert job.made == {"quantize": ["--static", "99.9", "--max_drop", "1"]}
 
 
 def test_changes_reach_the_grid_and_the_arms(tmp_path):
@@ -248,6 +260,8 @@ def test_some_arms_alone(tmp_path, trains, capsys, monkeypatch):
     assert made == ["LoRA_seed0", "QAT_seed0", "LoRA_seed1", "QAT_seed1"]  # and each that they are made from, once
     with (tmp_path / "runs" / "results.csv").open() as file:
         assert {row["run"] for row in csv.DictReader(file)} == set(made)
+    told = json.loads((tmp_path / "runs" / "status.json").read_text())["runs"]
+    assert list(told) == ["LoRA_seed0", "QAT_seed0", "LoRA_seed1", "QAT_seed1"]  # of both calls, in the sweep's order
     capsys.readouterr()
     monkeypatch.setenv("COLUMNS", "80")
     sweep.main([str(study), "--output", str(tmp_path / "runs"), "--status"])

@@ -10,7 +10,7 @@ from PIL import Image
 from support import lines, trained
 
 from vitft_jax import config as configs
-from vitft_jax import data, decision, evaluate, metrics, report, step, task, train, tree
+from vitft_jax import data, decision, evaluate, metrics, report, step, task, train, tree, vit
 from vitft_jax.build import build
 from vitft_jax.checkpoint import Checkpoints
 from vitft_jax.errors import InputError
@@ -223,6 +223,22 @@ def test_class_weights():
 
     assert of([0, 0, 0, 1], False) == pytest.approx((4 / (2 * 3), 4 / 2))
     assert of([[1, 0], [1, 1], [1, 0], [0, 0]], True) == pytest.approx((1 / 3, 3))
+    assert of([[1, 0], [1, 1], [1, 0]], True) == (1, 2)  # that every image has: no correction, and no weight of 0
+
+
+def test_a_model_of_two_tokens_reads_its_class_token(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(vit.VARIANTS, "tiny_test", {**vit.VARIANTS["tiny_test"], "distilled": True})
+    tiny_config.model.features = "mean"
+    said = refused(tiny_config, tmp_path / "run", monkeypatch)
+    assert "model.features='mean': a model with a distillation token has 'cls' alone" in said
+
+
+def test_a_run_goes_on_with_what_changes_no_step(tiny_config, tmp_path, monkeypatch):
+    """What messages of a run advise: fewer workers, and to go back where the loss is not finite."""
+    summary = train.train(tiny_config, tmp_path / "run")
+    tiny_config.data.workers, tiny_config.train.nan_retries = 2, 3
+    monkeypatch.setattr(step, "train_step", None)
+    assert train.train(tiny_config, tmp_path / "run") == summary
 
 
 def test_a_skipping_run_reports_its_flops_and_draws_what_it_keeps(tiny_config, tmp_path):

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 
+import folders
 import pytest
 
 from vitft_jax import evaluate, train
+from vitft_jax.build import ARCHITECTURE
 from vitft_jax.errors import InputError
 
 
@@ -43,6 +45,21 @@ def test_it_chooses_the_fastest_within_the_tolerance(script):
     dense, close, far = candidate(0.9, 3.0), candidate(0.88, 2.0), candidate(0.5, 1.0)
     for tolerance, expected in ((0.0, dense), (0.03, close), (0.5, far)):
         assert script.choose([dense, close, far], tolerance) is expected
+
+
+def test_a_tolerance_below_zero_is_refused(script):
+    with pytest.raises(InputError, match=r"--tolerance -0\.1: at least 0"):
+        script.main(["run", "--tolerance", "-0.1"])
+
+
+def test_a_run_in_int8_is_refused(script, tmp_path):
+    folders.write(tmp_path / "int8")
+    told = json.loads((tmp_path / "int8" / "run.json").read_text())
+    (tmp_path / "int8" / "run.json").write_text(
+        json.dumps({**told, "model": dict.fromkeys(ARCHITECTURE), "mean": [0.5] * 3, "std": [0.5] * 3})
+    )
+    with pytest.raises(InputError, match="is quantised; the search starts from the run that it was made from"):
+        script.main([str(tmp_path / "int8")])
 
 
 def test_a_run_that_skips_already_is_refused(script, tiny_config, tmp_path):

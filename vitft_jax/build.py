@@ -58,9 +58,9 @@ class Built:
 
     @property
     def parameters(self) -> dict[str, float]:
-        """Numbers of parameters; adapters count in the total."""
-        ranges = sum(tree.count(self.trainable.get(name, {})) for name in self.program.method.ranges)
-        trainable, frozen = tree.count(self.trainable) - ranges, tree.count(self.frozen) + ranges
+        """Numbers of parameters; adapters count in the total, scales and ranges of int8 do not."""
+        names = ("params", *self.program.method.collections)
+        trainable, frozen = (sum(tree.count(v.get(n, {})) for n in names) for v in (self.trainable, self.frozen))
         total = trainable + frozen
         return {"total": total, "trainable": trainable, "trainable_percent": 100 * trainable / total}
 
@@ -110,6 +110,10 @@ def build_for(
             "(or give model.pretrained)"
         )
     if config.model.features:
+        if architecture.get("distilled") and config.model.features != "cls":
+            raise InputError(
+                f"config key model.features={config.model.features!r}: a model with a distillation token has 'cls' alone"
+            )
         architecture["features"] = config.model.features
     size = config.data.image_size
     if size % architecture["patch"]:
@@ -204,8 +208,10 @@ def trains(config: configs.Config, method: methods.Method) -> Callable[[str], bo
     """Whether a variable trains, by its name: what belongs to the method, and what ``config.train.trainable`` matches.
 
     Raises:
-        InputError: That is no regex.
+        InputError: That is no regex, or empty.
     """
+    if not config.train.trainable:
+        raise InputError("config key train.trainable='': would match every name; '.' trains all of them, '$^' none")
     try:
         chosen = re.compile(config.train.trainable)
     except re.error as error:

@@ -21,8 +21,8 @@ Config = ml_collections.ConfigDict
 WHERE = ("mesh.", "remat")
 """Beginnings of the keys that change where or how a run computes, not what."""
 
-ON_RESUME = ("log.", *WHERE)
-"""Beginnings of the keys with which a run may go on that was started with others, such as on other devices."""
+ON_RESUME = ("log.", "data.workers", "train.nan_retries", *WHERE)
+"""Beginnings of the keys with which a run may go on that was started with others: they change no step that goes well."""
 
 NAMES = ("methods", "data.labels", "figures.names")
 """Keys that are lists of text."""
@@ -84,7 +84,7 @@ def default() -> Config:
     m.features = ""  # input of the head: 'cls', 'mean' or 'cls+mean'; '' = as the weights say
 
     c.train = t = Config()
-    t.trainable = "^head"  # regex on names in `params` that train beside the adapters; '.' = all of them
+    t.trainable = "^head"  # regex on names in `params` that train beside the adapters; '.' = all of them, '$^' = none
     t.epochs = 10.0
     t.steps = 0  # optimiser steps; 0 = as many as `epochs` asks for
     t.batch_size = 16  # images per optimiser step, over all devices and micro-batches

@@ -32,6 +32,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 class Notice:
     """Holds SIGTERM back while the training loop runs, which asks for it between steps; a context manager.
 
+    Where the loop ends without having asked, such as by an error, the signal goes on to whoever listened before.
+
     With several processes JAX's own service takes the signal, whichever process gets it, and finds the step at which
     all of them can end.
     """
@@ -39,7 +41,7 @@ class Notice:
     def __init__(self) -> None:
         self._many = jax.process_count() > 1
         self._holds = not self._many and threading.current_thread() is threading.main_thread()
-        self._came = False
+        self._came = self._told = False
 
     def __enter__(self) -> "Notice":
         if self._holds:
@@ -49,10 +51,15 @@ class Notice:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._holds:
             signal.signal(signal.SIGTERM, self._before)
+            if self._came and not self._told:
+                signal.raise_signal(signal.SIGTERM)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came = True
 
     def came(self, step: int) -> bool:
         """Whether to end after this many steps; each process must ask after every step."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._many else self._came
+        if self._many:
+            return multihost_utils.reached_preemption_sync_point(step)
+        self._told = self._came
+        return self._told

@@ -25,6 +25,7 @@ import numpy as np
 from jax import Array
 
 from vitft_jax import cli, data, decision, methods, metrics, report, run, runtime, tree
+from vitft_jax import config as configs
 from vitft_jax import step as steps
 from vitft_jax.build import Built, build, whole_model
 from vitft_jax.checkpoint import Checkpoints
@@ -235,7 +236,9 @@ def _source(workdir: Path, rewrite: Callable[[tree.Tree], tree.Tree] | None = No
     folder = Folder(workdir)
     if folder.whole() is not None:
         raise InputError(f"--workdir {workdir}: is quantised already; quantise the run that it was made from")
-    config, weights = run.resolve(folder.config())
+    config = folder.config()
+    config.mesh = configs.default().mesh  # the devices of today
+    config, weights = run.resolve(config)
     dataset = folder.dataset(config)
     built = build(config, dataset, weights)
     folder.open(config, dataset, built)

@@ -43,11 +43,12 @@ def class_weights(dataset: data.Dataset) -> tuple[float, ...]:
     """Loss weights from the training split.
 
     Classes are weighed by n / (C n_c), so the mean over the training images is 1; the positives of a label by
-    negatives / positives.
+    negatives / positives, or 1 where every image has it.
     """
     labels = dataset.labels[dataset.indices("train")]
     if dataset.multilabel:
         positives = labels.sum(axis=0)
-        return tuple(((len(labels) - positives) / positives).tolist())
+        negatives = len(labels) - positives
+        return tuple(np.where(negatives > 0, negatives / positives, 1.0).tolist())
     counts = np.bincount(labels, minlength=len(dataset.classes))
     return tuple((len(labels) / (len(counts) * counts)).tolist())

@@ -22,6 +22,7 @@ from vitft_jax import (
     figures,
     flops,
     loggers,
+    methods,
     metrics,
     optim,
     peft,
@@ -98,6 +99,8 @@ def _train(config: Config, workdir: Path) -> dict[str, Any]:
     )
     folder.open(config, dataset, built)
     print(_headline(config, dataset, built, workdir), flush=True)
+    if unread := methods.unread(config):
+        print(f"note: without effect, as no method of {config.methods} reads them: {', '.join(unread)}", flush=True)
     if folder.summary.exists():  # the last thing that a run writes
         summary = folder.results()
         report.print_results(f"{workdir} is finished (best step {summary['best_step']})", summary["metrics"])

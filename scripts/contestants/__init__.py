@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 CLASSES, LEARNING_RATE, RANK, ALPHA = 3, 1e-4, 8, 16.0
 ADALORA = {"init_r": 12, "target_r": 8, "lora_alpha": 24}
 STEPS = 10_000  # length of the run that a step is taken from: in AdaLoRA's, ranks begin to fall after a tenth
-BATCHES_AT_ONCE = 20  # of the task `input`: more than are read ahead between turns
+BATCHES_AT_ONCE = 100  # of the task `input`: the four that are read ahead between turns are few of them
 
 SKIP_FORWARD = {"skip_1": 1, "skip_8": 8, "skip_32": 32}  # batch by task
 # EViT prunes inside blocks 3, 6 and 9, before their MLP: its FLOPs lie between those of splits after them and before them.
@@ -75,6 +75,8 @@ def lacks(who: Label) -> str:
     packages = ("onnx", "onnxruntime") if who.name in GRAPHS else PEERS.get(who.name, ())
     if who.task in LAYERS and who.name == "torch":
         packages = ("torch",)
+    if who.name == "onnx" and who.task != "int8" and who.dtype != "float32":
+        return "float32, the dtype of its graph"
     if missing := [package for package in packages if find_spec(package) is None]:
         return f"{', '.join(missing)} (extra `interop`)"
     if who.name == "compiled" and shutil.which("g++") is None:

@@ -17,7 +17,7 @@ def build(who: Label, options: argparse.Namespace) -> Built:
 
 
 def peer(who: Label, options: argparse.Namespace) -> Built:
-    """The torch model as ONNX Runtime serves it best: exported, prepared, and for int8 quantised dynamically.
+    """The torch model by ONNX Runtime's own tools: exported, prepared, and for int8 quantised dynamically.
 
     Its graph computes the whole last block; ours only what the head reads of it, 7 % of the work less at 12 blocks.
     """

@@ -6,6 +6,7 @@ import accuracy_race
 import numpy as np
 import pytest
 
+from vitft_jax import config as configs
 from vitft_jax import report
 from vitft_jax.errors import InputError
 
@@ -49,7 +50,33 @@ def test_adapters_start_as_the_same_model(tiny_config, tmp_path, method):
     np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=2e-3)
 
 
-def test_what_the_peer_does_not_do_is_refused(tiny_config, tmp_path):
-    tiny_config.methods, tiny_config.lora.targets = ("lora",), "encoder"
-    with pytest.raises(InputError, match=r"lora\.targets='encoder'"):
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("lora.targets=encoder", r"lora\.targets='encoder': of the peer, qv or qkv"),
+        ("lora.rs=True", r"lora\.rs=True: the peer does not follow it; leave it as in configs/lora\.py"),
+        ("lora.rank_pattern=(('fc1', 4),)", r"lora\.rank_pattern"),
+        ("lora.lr_ratio=2", r"lora\.lr_ratio=2\.0"),
+        ("augment.mixup=0.2", r"augment\.mixup=0\.2"),
+        ("train.balanced=True", r"train\.balanced=True"),
+        ("train.label_smoothing=0.1", r"train\.label_smoothing=0\.1"),
+        ("train.trainable=.", r"train\.trainable='\.'"),
+        ("train.patience=2", r"train\.patience=2"),
+        ("methods=dora", r"methods=\('dora',\): the peer knows one of lora, adalora, full"),
+        ("methods=lora,skip", r"methods=\('lora', 'skip'\)"),
+    ],
+)
+def test_what_the_peer_does_not_do_is_refused(tiny_config, tmp_path, change, says):
+    tiny_config.methods = ("lora",)
+    configs.override(tiny_config, [change])
+    with pytest.raises(InputError, match=says):
         accuracy_race.peer(tiny_config, tmp_path)
+
+
+def test_a_run_under_another_config_is_not_taken_for_this_one(tiny_config, tmp_path):
+    assert not accuracy_race.done(tmp_path, tiny_config)
+    report.write_json(tmp_path / "race.json", {"config": accuracy_race.made(tiny_config)})
+    assert accuracy_race.done(tmp_path, tiny_config)
+    tiny_config.lora.rank = 64
+    with pytest.raises(InputError, match="was made with other settings"):
+        accuracy_race.done(tmp_path, tiny_config)

@@ -121,10 +121,14 @@ def test_dropout_is_on_only_with_an_rng_spares_the_frozen_branch_and_is_right_on
 def test_lora_plus_gives_b_the_ratio_of_the_rate_of_a(name):
     method = methods.load(lora_config(name, lr_ratio=16.0))
     tx = method.wrap_tx(optax.sgd(0.1), 10)
-    adapters = {"lora": {"q": {"dot": {"a": jnp.ones(2), "b": jnp.ones(2)}}}, "params": {"head": {"b": jnp.ones(2)}}}
+    adapters = {
+        "lora": {"q": {"dot": {"a": jnp.ones(2), "b": jnp.ones(2), "m": jnp.ones(2)}}},
+        "params": {"head": {"b": jnp.ones(2)}},
+    }
     updates, _ = tx.update(adapters, tx.init(adapters), adapters)
     np.testing.assert_allclose(updates["lora"]["q"]["dot"]["a"], -0.1)
-    np.testing.assert_allclose(updates["lora"]["q"]["dot"]["b"], -1.6)
+    for part in ("b", "m"):  # as PEFT, which puts DoRA's magnitudes beside B
+        np.testing.assert_allclose(updates["lora"]["q"]["dot"][part], -1.6)
     np.testing.assert_allclose(updates["params"]["head"]["b"], -0.1)
 
 
@@ -136,6 +140,7 @@ def test_lora_plus_gives_b_the_ratio_of_the_rate_of_a(name):
         ({"dropout": 1.0}, r"lora\.dropout=1\.0"),
         ({"lr_ratio": 0.5}, r"lr_ratio=0\.5"),
         ({"targets": "(qv"}, r"'\(qv'.*no regex"),
+        ({"targets": ""}, r"lora\.targets='': would match every layer"),
         ({"rank_pattern": (("[", 3),)}, "no regex"),
     ],
 )
@@ -150,6 +155,16 @@ def test_two_adapters_on_the_same_layers_are_refused(names):
     config.methods = names
     with pytest.raises(InputError, match="two methods put adapters on the linear layers"):
         methods.load(config)
+
+
+def test_settings_that_no_method_reads_are_named():
+    config = configs.default()
+    config.methods = ("adalora",)
+    assert methods.unread(config) == []
+    configs.override(config, ["lora.rank=64", "adalora.target_r=2", "quant.static=True", "train.lr=1e-3"])
+    assert methods.unread(config) == ["lora.rank=64", "quant.static=True"]
+    config.methods = ("quant", "pissa")  # which reads the settings of LoRA
+    assert methods.unread(config) == ["adalora.target_r=2"]
 
 
 def test_unknown_and_repeated_methods_are_refused():

@@ -83,8 +83,9 @@ def test_int8_attention_works_beside_token_skipping():
 
 
 def test_with_all_layers_skipped_it_is_the_float_model_to_the_bit():
-    _, model, variables, params = quantised(skip_layers=".")
-    np.testing.assert_array_equal(model.apply(variables, IMAGES), tiny().apply({"params": params}, IMAGES))
+    _, _, variables, params = quantised()
+    skipping = tiny().clone(dot_general_cls=methods.load(quant_config(skip_layers=".")).dot_general_cls)
+    np.testing.assert_array_equal(skipping.apply(variables, IMAGES), tiny().apply({"params": params}, IMAGES))
 
 
 def test_a_skipped_layer_stays_float_and_the_head_can_be_quantised_too():
@@ -310,6 +311,8 @@ def test_in_bfloat16_the_output_of_a_layer_is_bfloat16_and_the_logits_are_close(
         ({"attention": True, "weight_only": True}, "quant.attention=True"),
         ({"static": True, "base": "int8"}, "no ranges were calibrated"),
         ({"base": "int8", "skip_layers": "."}, "skips every linear layer"),
+        ({"base": "float", "skip_layers": "."}, "skips every linear layer"),
+        ({"base": "float", "static": True, "attention": True, "skip_layers": "."}, "skips every linear layer"),
         ({"base": "int8", "trainable": "."}, "stores in integers"),
         ({"names": ("lora", "quant")}, "'quant' comes first"),
         ({"names": ("quant", "dora"), "base": "int8"}, "use lora or adalora"),
@@ -319,6 +322,27 @@ def test_in_bfloat16_the_output_of_a_layer_is_bfloat16_and_the_logits_are_close(
 def test_bad_settings(changes, message):
     with pytest.raises(InputError, match=re.escape(message)):
         quantised(**changes)
+
+
+def test_attention_alone_may_be_in_int8():
+    _, model, variables, params = quantised(attention=True, skip_layers=".")
+    assert jnp.abs(model.apply(variables, IMAGES) - tiny().apply({"params": params}, IMAGES)).max() > 1e-4
+
+
+def test_scales_and_ranges_are_no_parameters(tiny_config):
+    """Of an int8 base or of static ranges: the numbers of parameters are those of the same run in float."""
+
+    def counted(names, trainable="^head", **changes):
+        config = tiny_config.copy_and_resolve_references()
+        config.methods, config.train.trainable = names, trainable
+        config.quant.update(changes)
+        config, source = run.resolve(config)
+        return build(config, Folder(tiny_config.data.path).dataset(config), source).parameters
+
+    assert counted(("quant", "lora"), base="int8") == counted(("lora",))
+    whole = counted(("quant",), ".", static=True)
+    assert whole == counted((), ".")
+    assert whole["trainable_percent"] == 100
 
 
 @pytest.mark.parametrize("extra", ["", "methods=quant train.trainable=.", "quant.base=int8"])

@@ -14,10 +14,14 @@ from typing import Any
 import optax
 from jax import Array
 
+from vitft_jax import config as configs
 from vitft_jax import product
 from vitft_jax.attention import Attend
 from vitft_jax.errors import InputError, nearest
 from vitft_jax.sharding import Rules
+
+READS = {"dora": "lora", "pissa": "lora"}
+"""The config group of a method that is a variant of another; of others it has their name."""
 
 Variables = Mapping[str, Any]
 DotGeneralCls = Callable[[], Callable[..., Array]]
@@ -146,13 +150,24 @@ def stack(methods: Sequence[Method]) -> Method:
     )
 
 
+def unread(config: configs.Config) -> list[str]:
+    """Settings of methods, other than the defaults, that no method of the run reads: each as ``key=value``."""
+    groups = {READS.get(name, name) for name in _known()}
+    unread = groups - {READS.get(name, name) for name in config.methods}
+    return [f"{k}={v}" for k, _, v in configs.changes(configs.default(), config) if k.partition(".")[0] in unread]
+
+
+def _known() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
 def load(config: Any) -> Method:
     """Builds the method of a run from ``config.methods``, names of modules in this package, inner to outer.
 
     Raises:
         InputError: A name is unknown or occurs twice, or a method refuses its settings.
     """
-    known = [module.name for module in pkgutil.iter_modules(__path__)]
+    known = _known()
     for i, name in enumerate(config.methods):
         if name not in known:
             raise InputError(f"config.methods: unknown method {name!r}; {nearest(str(name), known)}")

@@ -316,7 +316,7 @@ def method(config: Any) -> Method:
         raise InputError(f"adalora.alpha={c.alpha}, adalora.penalty={c.penalty}: above 0, and at least 0")
     if c.importance_at not in IMPORTANCE_AT:
         raise InputError(f"adalora.importance_at={c.importance_at!r}: one of {', '.join(map(repr, IMPORTANCE_AT))}")
-    targets = lora.TARGETS.get(c.targets, c.targets)
+    targets = lora.targets_of("adalora", c.targets)
     try:
         re.compile(targets)
     except re.error as error:

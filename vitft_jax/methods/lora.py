@@ -153,14 +153,28 @@ def merge(variables: Variables, settings: Settings) -> Variables:
 
 
 def scale_b(ratio: float) -> optax.GradientTransformation:
-    """LoRA+: multiplies the finished update of every B by `ratio`, which is the same as its learning rate."""
+    """LoRA+: multiplies the finished update of every B by `ratio`, which is the same as its learning rate.
+
+    So it does with DoRA's magnitudes, as PEFT. The head keeps its rate, where PEFT raises that of its bias alone.
+    """
 
     def scale(updates: Any) -> Any:
-        return tree.map_named(
-            lambda name, u: u * ratio if name.startswith(f"{COLLECTION}/") and name.endswith("/b") else u, updates
-        )
+        return tree.map_named(lambda name, u: u * ratio if re.search(f"^{COLLECTION}/.*/[bm]$", name) else u, updates)
 
     return optax.stateless(lambda updates, params: scale(updates))
+
+
+def targets_of(group: str, targets: str) -> str:
+    """The regex that a value of ``targets`` stands for.
+
+    Raises:
+        InputError: It is empty, which as a regex would match every layer.
+    """
+    if not targets:
+        raise InputError(
+            f"{group}.targets='': would match every layer; one of {sorted(TARGETS)}, or a regex such as '.'"
+        )
+    return TARGETS.get(targets, targets)
 
 
 def settings_of(config: Any) -> Settings:
@@ -183,7 +197,7 @@ def settings_of(config: Any) -> Settings:
         raise InputError(f"lora.dropout={c.dropout}: a probability below 1")
     if c.lr_ratio < 1:
         raise InputError(f"lora.lr_ratio={c.lr_ratio}: LoRA+ trains B at least as fast as A; 1 is off")
-    targets = TARGETS.get(c.targets, c.targets)
+    targets = targets_of("lora", c.targets)
     for pattern in (targets, *(p for p, _ in c.rank_pattern)):
         try:
             re.compile(pattern)

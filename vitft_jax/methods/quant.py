@@ -145,6 +145,12 @@ def prepare(variables: Variables, settings: Settings, trainable: str) -> Variabl
     Raises:
         InputError: A kernel is to train, no layer is quantised, or static ranges are asked for, which only calibration has.
     """
+    if not (settings.attention and settings.base == "float" and not settings.static):  # then attention may be all of it
+        names = tree.flatten(variables["params"])
+        if not any(n.endswith("/kernel") and settings.converts(n.removesuffix("/kernel")) for n in names):
+            raise InputError(
+                f"quant.skip_layers={settings.skip_layers!r} skips every linear layer: nothing is quantised"
+            )
     if settings.base != "int8":
         return variables
     if settings.static:
@@ -153,8 +159,6 @@ def prepare(variables: Variables, settings: Settings, trainable: str) -> Variabl
             "calibrates a trained run; to train, use quant.static=False or quant.base='float'"
         )
     paths = layers(variables)
-    if not paths:
-        raise InputError(f"quant.skip_layers={settings.skip_layers!r} skips every linear layer: nothing is quantised")
     for path in paths:
         if re.search(trainable, f"{path}/kernel"):
             raise InputError(

@@ -263,12 +263,15 @@ def _own_names(body: str, prefix: str) -> str:
 
 
 def heat_map(path: Path, values: Mapping[str, float], title: str) -> None:
-    """Draws a number per layer as a PNG: a row per block, a column per matrix; `values` is by path of a layer."""
+    """Draws a number per layer as a PNG: a row per block, a column per matrix; `values` is by path of a layer.
+
+    A layer outside the blocks that is one matrix, such as the head, has a column without a name.
+    """
     from matplotlib.figure import Figure
 
-    cells = {tuple(name.split("/", 1)): value for name, value in values.items()}
+    cells = {(row, column): value for name, value in values.items() for row, _, column in (name.partition("/"),)}
     number = re.compile(r"\d+")
-    rows = sorted({row for row, _ in cells}, key=lambda row: [int(n) for n in number.findall(row)])
+    rows = sorted({row for row, _ in cells}, key=lambda row: ([int(n) for n in number.findall(row)], row))
     columns = list(dict.fromkeys(column for _, column in cells))
     grid = np.array([[cells.get((row, column), np.nan) for column in columns] for row in rows], float)
     figure = Figure(figsize=(2 + 0.9 * len(columns), 1.5 + 0.35 * len(rows)), layout="constrained", dpi=150)
