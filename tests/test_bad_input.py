@@ -358,10 +358,15 @@ RUNS = {
     "split.csv of one giant field": (lambda run: (run / "split.csv").write_text("9" * 200_000), "split.csv"),
     "split.csv gone": (lambda run: (run / "split.csv").unlink(), "There is no table"),
     "split.csv that leads out": (lambda run: (run / "split.csv").write_text("path,label\n../x.png,a\n"), "split.csv, row 2"),
+    "split.csv without a row": (lambda run: cut_line(run / "split.csv"), "split.csv: has changed since the run was started"),
     "images gone": (lambda run: shutil.rmtree("images/grey"), "10 of 30 images are not in"),
     "no checkpoint": (lambda run: None, "checkpoints: no checkpoint here"),
     "no run": (shutil.rmtree, "--workdir run: no run here"),
 }  # fmt: skip
+
+
+def cut_line(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
 def change(path, **values):

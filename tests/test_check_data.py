@@ -156,6 +156,40 @@ def test_that_no_groups_are_known_is_told(config):
     assert found.clean  # there may be one image of each patient
 
 
+def test_groups_that_are_none_or_spelt_in_two_ways_are_told(config):
+    root, table = root_of(config), rows()
+    table[2][1], table[3][1] = "mass", "cyst"
+    for row, group in zip(table, ("", "", "NA", "NA"), strict=False):
+        row[2] = group
+    table[2][3] = table[3][3] = "train"
+    table[4][2], table[8][2] = "P1", "p1"
+    write_table(root, table)
+    found = check_data.check(config)
+    assert findings(found) == {
+        "images without a group": ("0.png", "1.png"),
+        "groups with the name of none": ("NA: 2 images",),
+        "groups that differ in capital letters alone": ("P1, p1",),
+    }
+    assert found.clean
+
+
+def test_classes_spelt_in_two_ways_are_a_problem(config):
+    table = [[name, label.title() if i % 3 == 0 else label, *rest] for i, (name, label, *rest) in enumerate(rows())]
+    write_table(root_of(config), table)
+    found = check_data.check(config)
+    assert set(findings(found)["classes that differ in capital letters alone"]) == {"Cyst, cyst", "Mass, mass"}
+    assert not found.clean
+
+
+def test_the_side_of_the_input_is_that_of_the_bundled_weights(config, monkeypatch):
+    sides = []
+    real = check_data.inspect
+    monkeypatch.setattr(check_data, "inspect", lambda images, i, side: (sides.append(side), real(images, i, side))[1])
+    config.data.image_size = 0
+    check_data.check(config)
+    assert set(sides) == {128}
+
+
 def test_names_from_outside_are_text_in_the_report(config, tmp_path):
     """Neither a table cell ends nor a code span begins in a name of a class or of a file."""
     root, table = root_of(config), rows()

@@ -58,6 +58,16 @@ def test_weights_of_the_hub_are_named_as_it_asks(tmp_path):
     assert "facebook/dinov2-small, revision abc" in text
 
 
+@pytest.mark.parametrize("key", ["", "balanced", "class_weights", "focal_gamma"])
+def test_what_probabilities_hold_for(tmp_path, key):
+    config = configs.default()
+    if key:
+        config.train[key] = 2.0 if key == "focal_gamma" else True
+    text = model_card.render(folders.write(tmp_path / "run", config=config))
+    assert ("Probabilities hold for the frequency of the classes in the data below." in text) == (not key)
+    assert ("Its probabilities are no frequencies: while it trained, " in text) == bool(key)
+
+
 def test_names_from_outside_are_only_text(tmp_path):
     path = folders.write(tmp_path / "a|b`c\n# d", classes=folders.HOSTILE)
     front, text = split(model_card.render(path))

@@ -120,6 +120,32 @@ def test_compiles_once_for_any_number_of_images(runs):
     assert model.predict([]).labels == ()
 
 
+@pytest.mark.parametrize("flag", ["output", "grid", "mistakes"])
+def test_nothing_is_written_over_what_is_read(runs, image_folder, tmp_path, flag):
+    shutil.copytree(image_folder, tmp_path / "images")
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    table = tmp_path / "mine.csv"
+    table.write_text("path,label\n" + "\n".join(f"{name},{name.split('/')[1]}" for name in names) + "\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "link.png").symlink_to(tmp_path / names[0])
+    outputs = {"output": tmp_path / "out.csv", "grid": tmp_path / "grid.png", "mistakes": tmp_path / "mistakes.png"}
+    taken = [(table if flag == "output" else tmp_path / names[3]), tmp_path / "link.png"]
+    if flag != "output":
+        taken.append(outputs["mistakes" if flag == "grid" else "grid"])
+    for path in taken:
+        with pytest.raises(InputError, match="give another file, so that nothing is lost"):
+            predict.predict(runs / "one", table, **{**outputs, flag: path})
+        assert before == {path: path.read_bytes() for path in before}
+        assert not outputs["output"].exists()
+
+
+def test_a_name_that_no_table_can_hold(tmp_path, image_folder):
+    os.makedirs(tmp_path / "scans")
+    shutil.copy(next(image_folder.rglob("*.png")), os.fsencode(tmp_path) + b"/scans/m\xfcller.png")
+    with pytest.raises(InputError, match=r"the name of 'm\\udcfcller\.png' is not UTF-8"):
+        inputs.find(tmp_path / "scans", ("a", "b"), False)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

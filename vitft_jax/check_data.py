@@ -15,18 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from vitft_jax import cli, data, report, sheets
+from vitft_jax import cli, data, report, run, sheets
 from vitft_jax.config import Config
 from vitft_jax.data import duplicates, sources
 from vitft_jax.data.duplicates import Pair
 from vitft_jax.data.oddities import Inspected, inspect
+from vitft_jax.data.splits import alike_but_for_case
 from vitft_jax.report.markdown import plain
 
 PROBLEMS_FOUND = 4  # exit code; 1 is a defect of the program
 _THREADS = 4
 _LISTED = 50  # items of a finding in check.md
 _KEPT = 1000  # items of a finding, and pairs, in check.json
-_INPUT = 224  # side of the model's input where the config leaves it to the weights
+_INPUT = 224  # side of the model's input where the config leaves it to weights that were not read
+_NONE = ("na", "n/a", "nan", "none", "null", "unknown", "missing", "-", "?")  # groups that are none
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def check(config: Config) -> Check:
     settings = config.data.copy_and_resolve_references()
     settings.image_size = 0  # images are seen whole, not reduced as for a model
     dataset, _ = sources.read(settings, config.seed)
-    size = config.data.image_size or _INPUT
+    size = config.data.image_size or _side(config)
     with ThreadPoolExecutor(_THREADS) as pool:
         images = tuple(pool.map(lambda i: inspect(dataset.images, i, size), range(len(dataset))))
     readable = [i for i, image in enumerate(images) if image.print is not None]
@@ -79,6 +81,11 @@ def check(config: Config) -> Check:
     pairs.sort(key=lambda p: not _crosses(dataset, p) and 1 + (not _conflicts(dataset, p)))
     findings = (*_of_splits(dataset), *_of_pairs(dataset, pairs), *_of_images(dataset, images))
     return Check(dataset, images, tuple(pairs), tuple(f for f in findings if f.items))
+
+
+def _side(config: Config) -> int:
+    """Of the input of the model, as the weights say where they come with the package."""
+    return run.resolve(config)[0].data.image_size if config.model.pretrained == "bundled" else _INPUT
 
 
 def _of_splits(dataset: data.Dataset) -> Iterator[Finding]:
@@ -94,7 +101,25 @@ def _of_splits(dataset: data.Dataset) -> Iterator[Finding]:
         False,
         "Each counts as a group of its own. Where several are of one patient or video they may lie in different splits, and "
         "intervals are too narrow: name it in the column group of a table.",
-        () if dataset.grouped else dataset.names,
+        tuple(name for name, group in zip(dataset.names, dataset.groups, strict=True) if group == name),
+    )
+    yield Finding(
+        "groups with the name of none",
+        False,
+        "All images with such a group count as one patient or video: where it is not known, leave it blank.",
+        tuple(f"{g}: {n} images" for g, n in Counter(dataset.groups).items() if g.casefold() in _NONE),
+    )
+    yield Finding(
+        "groups that differ in capital letters alone",
+        False,
+        "They count as different patients or videos, which may lie in different splits: spell those alike that are one.",
+        tuple(", ".join(names) for names in alike_but_for_case(dataset.groups)),
+    )
+    yield Finding(
+        "classes that differ in capital letters alone",
+        True,
+        "Spell them alike.",
+        tuple(", ".join(names) for names in alike_but_for_case(dataset.classes)),
     )
     where: dict[str, Counter] = {}
     for group, split in zip(dataset.groups, splits, strict=True):

@@ -10,7 +10,7 @@ FILE = "sha256sum.txt"
 
 def write(folder: Path) -> None:
     """Writes the digests of all files in a folder."""
-    write_text(folder / FILE, "".join(f"{_sha256(folder / name)}  {name}\n" for name in _names(folder)))
+    write_text(folder / FILE, "".join(f"{sha256(folder / name)}  {name}\n" for name in _names(folder)))
 
 
 def known(folder: Path) -> bool:
@@ -31,7 +31,7 @@ def damage(folder: Path) -> str:
     for name in there:
         if name not in digests:
             return f"{FILE} does not know {name}"
-        if _sha256(folder / name) != digests[name]:
+        if sha256(folder / name) != digests[name]:
             return f"{name} has changed"
     return ""
 
@@ -41,6 +41,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(name for name in files if name != FILE)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

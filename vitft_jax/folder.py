@@ -1,9 +1,9 @@
 """A run folder.
 
-It holds `config.json` (resolved), `run.json` (what came from outside: weights, classes), `split.csv` (which image is in which
-split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv`, `decision.json` (temperature, thresholds), `checkpoints/`,
-`report.html` and `MODEL_CARD.md`; also `figures/` where there is something to draw, and `evaluations/` where the run was
-evaluated under other settings.
+It holds `config.json` (resolved), `run.json` (what came from outside: weights, classes, the digest of the split), `split.csv`
+(which image is in which split), `metrics.jsonl`, `summary.json`, `predictions_<split>.csv`, `decision.json` (temperature,
+thresholds), `checkpoints/`, `report.html` and `MODEL_CARD.md`; also `figures/` where there is something to draw, and
+`evaluations/` where the run was evaluated under other settings.
 """
 
 import csv
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitft_jax import config as configs
-from vitft_jax import data, lock, processes, report
+from vitft_jax import data, digest, lock, processes, report
 from vitft_jax.build import ARCHITECTURE, Built
 from vitft_jax.errors import InputError
 from vitft_jax.task import Task, total_steps
@@ -92,7 +92,8 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             report.write_text(self.path / "config.json", configs.to_json(config))
             data.write_table(dataset, self.path / "split.csv")
-            report.write_json(self.path / "run.json", _from_outside(task, built))
+            split = {"split_sha256": digest.sha256(self.path / "split.csv")}
+            report.write_json(self.path / "run.json", _from_outside(task, built) | split)
         processes.wait("the folder is there")
 
     def confirm(self, task: Task, built: Built) -> None:
@@ -103,7 +104,7 @@ class Folder:
         """
         now = _from_outside(task, built)
         for key, then in self.resolved().items():
-            if then != now[key]:
+            if key in now and then != now[key]:
                 raise InputError(
                     f"--workdir {self.path}: its {key} were {then} when it was started and are {now[key]} now. "
                     "Restore them, or choose another --workdir"
@@ -169,8 +170,17 @@ class Folder:
         return Task(tuple(resolved["classes"]), resolved["multilabel"], total_steps(config, train_images))
 
     def dataset(self, config: configs.Config) -> data.Dataset:
-        """The images of the run: in the splits that it was started with, if it was."""
+        """The images of the run: in the splits that it was started with, if it was.
+
+        Raises:
+            InputError: As `data.load`; or `split.csv` is not what was written.
+        """
         if not self.exists:
             return data.load(config.data, config.seed)
-        classes = tuple(self.resolved()["classes"])
-        return data.load(config.data, config.seed, classes=classes, table=self.path / "split.csv")
+        resolved, table = self.resolved(), self.path / "split.csv"
+        dataset = data.load(config.data, config.seed, classes=tuple(resolved["classes"]), table=table)
+        if resolved.get("split_sha256", then := digest.sha256(table)) != then:
+            raise InputError(
+                f"{table}: has changed since the run was started; restore it from a copy, or start a new run"
+            )
+        return dataset

@@ -62,7 +62,7 @@ def find(images: Path, classes: Sequence[str], multilabel: bool) -> Inputs:
         multilabel: Whether an image has several labels.
 
     Raises:
-        InputError: There is nothing there, no image in it, or the table cannot be understood.
+        InputError: There is nothing there, no image in it, a name is not UTF-8, or the table cannot be understood.
     """
     if images.is_dir():
         paths = list(_walk(images))
@@ -77,6 +77,10 @@ def find(images: Path, classes: Sequence[str], multilabel: bool) -> Inputs:
         paths = [images.parent / name for name in names]
     else:
         paths, names, labels = [images], [images.name], None
+    if odd := [name for name in names if any("\ud800" <= c <= "\udfff" for c in name)]:
+        raise InputError(
+            f"--images {images}: the name of {odd[0]!a} is not UTF-8, so no table can hold it; rename the file"
+        )
     items, rows = [], []
     for i, (name, path) in enumerate(zip(names, paths, strict=True)):
         found = _items(name, path)

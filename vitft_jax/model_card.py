@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from vitft_jax.config import Config
 from vitft_jax.report import conduct, words
 from vitft_jax.report.files import write_text
 from vitft_jax.report.markdown import plain as _plain
@@ -120,9 +121,18 @@ def _limits(record: Record) -> str:
         "**This is not a medical device. It is not validated clinically**, and no authority has looked at it. It must not be "
         "used for diagnosis, triage, treatment or any other decision about a patient.\n\n"
         f"It decides on {'any of its labels, or none,' if record.multilabel else 'one of its classes'} for every image, also "
-        "for images of something else or of no use at all; it cannot say that it does not know. Probabilities hold for the "
-        "frequency of the classes in the data below.\n"
+        "for images of something else or of no use at all; it cannot say that it does not know. "
+        f"{_frequencies(record.config.train)}\n"
     )
+
+
+def _frequencies(train: Config) -> str:
+    """What probabilities hold for."""
+    skewed = {"rare classes were drawn more often": train.balanced, "rare classes weighed more": train.class_weights}
+    skewed["easy images weighed less"] = train.focal_gamma > 0
+    if reasons := [reason for reason, on in skewed.items() if on]:
+        return f"Its probabilities are no frequencies: while it trained, {' and '.join(reasons)}."
+    return "Probabilities hold for the frequency of the classes in the data below."
 
 
 def _data(record: Record) -> str:

@@ -11,7 +11,7 @@ An image that cannot be read is named and left out, and the exit code is 3; it i
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -44,6 +44,7 @@ def predict(
         raise InputError(f"--images {images}: there is no such file or folder")
     model = predictor.load(workdir)
     inputs = find(images, model.classes, model.multilabel)
+    _check_outputs({"--output": output, "--grid": grid, "--mistakes": mistakes}, images, inputs)
     if mistakes is not None and (inputs.labels is None or not _known(inputs.labels).any()):
         raise InputError(
             f"--mistakes {mistakes}: no true labels are known; give a table with them, or a sub-folder for each class"
@@ -72,6 +73,17 @@ def predict(
         title = f"{len(wrong)} mistakes in {_known(inputs.labels).sum()} images, those furthest off first"
         _sheet(mistakes, model, inputs, p, wrong[: sheets.MOST], title)
     return failed
+
+
+def _check_outputs(outputs: Mapping[str, Path | None], images: Path, inputs: Inputs) -> None:
+    """Raises InputError if an output would be written over what is read, or over another output."""
+    taken = {images.resolve(): "--images", **{item.path.resolve(): "an image to predict" for item in inputs.items}}
+    for flag, path in outputs.items():
+        if path is None:
+            continue
+        if path.resolve() in taken:
+            raise InputError(f"{flag} {path}: is {taken[path.resolve()]}; give another file, so that nothing is lost")
+        taken[path.resolve()] = flag
 
 
 def _run(model: Predictor, inputs: Inputs) -> tuple[np.ndarray, np.ndarray, list[str]]:

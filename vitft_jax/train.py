@@ -349,7 +349,9 @@ def _check_metric(config: Config, dataset: data.Dataset) -> None:
 def _headline(config: Config, dataset: data.Dataset, built: Built, workdir: Path) -> str:
     sizes = ", ".join(f"{split} {len(dataset.indices(split))}" for split in data.SPLITS)
     p = built.parameters
-    groups = "" if dataset.grouped else "; no groups (patients, videos) are known, so each image counts as one"
+    alone = sum(name == group for name, group in zip(dataset.names, dataset.groups, strict=True))
+    groups = f"; {alone} images have no group (patient, video), so each counts as one" if alone else ""
+    groups = groups if dataset.grouped else "; no groups (patients, videos) are known, so each image counts as one"
     return (
         f"{workdir}: {len(dataset.classes)} {'labels' if dataset.multilabel else 'classes'} "
         f"({', '.join(dataset.classes)}); {sizes}{groups}\n"

@@ -88,6 +88,33 @@ def test_window_after_rescaling(write):
     np.testing.assert_array_equal(dicom.read(write(step, WindowCenter=10, WindowWidth=1)), [[0, 255, 255]])
 
 
+def test_frames_of_enhanced_files_have_their_own_transformations(write):
+    pydicom = pytest.importorskip("pydicom", reason="needs pydicom, an optional dependency")
+
+    def item(**attributes):
+        made = pydicom.Dataset()
+        for key, value in attributes.items():
+            setattr(made, key, value)
+        return made
+
+    stored = np.array([[[0, 100, 200, 300, 4000]]] * 2, np.uint16)
+    rescale = item(RescaleSlope=2, RescaleIntercept=-100, RescaleType="US")
+    windows = [item(FrameVOILUTSequence=[item(WindowCenter=c, WindowWidth=200)]) for c in (100, 300)]
+    shared = [item(PixelValueTransformationSequence=[rescale])]
+    path = write(stored, SharedFunctionalGroupsSequence=shared, PerFrameFunctionalGroupsSequence=windows)
+    for frame, centre in enumerate((100, 300)):
+        expected = np.rint(255 * ((2.0 * stored[frame] - 100 - (centre - 0.5)) / 199 + 0.5).clip(0, 1))
+        np.testing.assert_array_equal(dicom.read(path, frame), expected)
+
+
+def test_transformations_without_a_value_are_none(write):
+    """As programs that anonymise leave them behind."""
+    empty = dict.fromkeys(("WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept"))
+    np.testing.assert_array_equal(dicom.read(write(GREY, **empty)), GREY)
+    half = dicom.read(write(GREY, RescaleSlope=None, RescaleIntercept=-10, WindowCenter=118, WindowWidth=256))
+    np.testing.assert_array_equal(half, np.rint(255 * ((GREY - 10.0 - 117.5) / 255 + 0.5).clip(0, 1)))
+
+
 def test_without_a_window_12_bits_are_scaled_as_of_any_file(write):
     stored = np.array([[0, 1000, 4095]], np.uint16)
     np.testing.assert_array_equal(dicom.read(write(stored, bits=12)), np.rint(stored * (255 / 4095)))

@@ -68,6 +68,17 @@ def test_several_classes(save, colour, flat):
         np.testing.assert_array_equal(dataset.images[i], made[f"{split}_images"][int(row)])
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_labels_of_yes_and_no(save, flat):
+    made = arrays()
+    for split in COUNTS:
+        yes = made[f"{split}_labels"] > 0
+        made[f"{split}_labels"] = yes[:, 0] if flat else yes
+    dataset = load(save(made), 0)
+    assert dataset.classes == ("0", "1")
+    np.testing.assert_array_equal(dataset.labels[:6], [0, 1, 1, 0, 1, 1])
+
+
 def test_classes_keep_the_order_of_their_numbers(save):
     made = arrays() | {"train_images": np.zeros((12, 16, 16), np.uint8), "train_labels": np.arange(12)[:, None]}
     assert load(save(made), 0).classes == tuple(str(i) for i in range(12))

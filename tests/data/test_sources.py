@@ -161,7 +161,11 @@ def changed(row, text):
     [
         ("path,class", ROWS, r"labels\.csv: there is no column 'label'; choose one of class, path .*data\.labels"),
         ("file,label", ROWS, r"no column 'path'; choose one of file, label"),
-        ("path;label", [row.replace(",", ";") for row in ROWS], r"separate the columns by commas"),
+        (
+            "path;label",
+            [row.replace(",", ";") for row in ROWS],
+            "its columns are separated by ';'; save it with commas",
+        ),
         ("path,label,label", [f"{row},x" for row in ROWS], "column 'label' is there twice"),
         ("path,label", [], "no rows"),
         ("path,label", changed(7, "cyst/00.png,cyst"), r"row 7: 'cyst/00\.png' is listed in row 2 already"),
@@ -182,6 +186,45 @@ def changed(row, text):
 def test_faulty_tables(table, config, header, rows, message):
     table(header, rows)
     with pytest.raises(InputError, match=message):
+        load(config, 0)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("path,label,Group", "column 'Group' would not be read; write 'group', or give it another name"),
+        ("path,label,SPLIT", "column 'SPLIT' would not be read; write 'split'"),
+        ("path,label,patient", "column 'patient' would not be read, and images of one patient"),
+        ("path,label,Patient ID", "column 'Patient ID' would not be read"),
+        ("path,label,video_no", "call it 'group', or if it is none give it another name"),
+    ],
+)
+def test_columns_that_were_meant_to_be_read(table, config, header, message):
+    """Passed over, they would let images of one patient into two splits, or test images into training."""
+    table(header, [f"{row},train" for row in ROWS])
+    with pytest.raises(InputError, match=message):
+        load(config, 0)
+    table("path,label,group,patient,age,mode", [f"{row},g{i},p1,40,B" for i, row in enumerate(ROWS)])
+    assert load(config, 0).groups[:2] == ("g0", "g1")
+
+
+def test_columns_that_a_spreadsheet_leaves_behind(table, config):
+    table("path,label", ROWS)
+    plain = load(config, 0)
+    table("path,label,,", [f"{row},," for row in ROWS])
+    assert load(config, 0).names == plain.names
+    table("path,label,,", [*(f"{row},," for row in ROWS[:-1]), f"{ROWS[-1]},,benign?"])
+    with pytest.raises(InputError, match="column '' is there twice"):
+        load(config, 0)
+    table("path,label", [*(f"{row},," for row in ROWS[:-1]), f"{ROWS[-1]},,benign?"])
+    with pytest.raises(InputError, match=r"row 25: 4 values for 2 columns"):
+        load(config, 0)
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "';'"), ("\t", "tabs")])
+def test_columns_that_are_not_separated_by_commas(table, config, mark, name):
+    table(f"path{mark}label{mark}age", [f"{row.replace(',', mark)}{mark}45,5" for row in ROWS])
+    with pytest.raises(InputError, match=f"its columns are separated by {name}; save it with commas"):
         load(config, 0)
 
 

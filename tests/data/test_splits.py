@@ -74,6 +74,16 @@ def test_combinations_that_occur_once():
     assert [splits.count(split) for split in SPLITS] == [18, 6, 6]
 
 
+@pytest.mark.parametrize("classes", [3, 8])
+def test_classes_of_one_or_two_images(classes):
+    """A pilot: nothing can be stratified, and what cannot be trained on is told by `check_splits`."""
+    for each in (1, 2):
+        labels = np.repeat(np.arange(classes), each)
+        splits = split_by_group(labels, [str(i) for i in range(len(labels))], 0.2, 0.2, seed=0)
+        assert set(splits) == set(SPLITS)
+    assert len(hold_out(np.arange(2), ["a", "b"], 0.1, 0)) == 1
+
+
 def test_three_groups_are_enough_two_are_not():
     labels, groups = np.array([0, 1] * 6), list("aaaabbbbcccc")
     assert set(split_by_group(labels, groups, 0.1, 0.2, 0)) == set(SPLITS)
@@ -106,6 +116,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"classes": ("Cyst", "cyst")}, "Classes 'Cyst' and 'cyst' differ in capital letters alone"),
         ({"splits": ["train", "train", "test", "test"]}, "val split is empty"),
         ({"splits": ["val", "train", "val", "test"]}, "Class 'a' has no example in train"),
         ({"groups": list("xxwx")}, r"Group 'x' is in two splits: one in train and four in test"),

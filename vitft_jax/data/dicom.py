@@ -2,7 +2,8 @@
 
 Grey values go through the modality transformation and the value-of-interest transformation of the file, as on a viewer
 (DICOM PS3.3, C.11.1 and C.11.2): a lookup table, or rescale slope and intercept; then a lookup table, or the first window.
-Without a window they are scaled as those of any 16-bit file, see `images.decode`. MONOCHROME1 is inverted, palettes are looked
+Of enhanced files each frame has those of its functional groups (C.7.6.16). Without a window they are scaled as those of any
+16-bit file, see `images.decode`. MONOCHROME1 is inverted, palettes are looked
 up, YBR becomes RGB.
 """
 
@@ -59,7 +60,7 @@ def read(path: Path, frame: int = 0, max_side: int = 0) -> Image.Image:
             raise FileNotFoundError
         header = pydicom.Dataset()
         values = pydicom.pixels.pixel_array(path, index=frame, ds_out=header)
-        return to_8_bit(_image(values, header, pydicom), max_side)
+        return to_8_bit(_image(values, _of_frame(header, frame), pydicom), max_side)
     except FileNotFoundError:
         raise InputError(f"Cannot read image {path}: the file is missing.") from None
     except Exception as error:  # as in `frames`
@@ -76,6 +77,21 @@ def _pydicom(path: Path) -> ModuleType:
             f"Cannot read image {path}: DICOM files need pydicom, which is not installed; pip install 'pydicom>=3'"
         ) from None
     return pydicom
+
+
+def _of_frame(header: "Dataset", frame: int) -> "Dataset":
+    """The header with the transformations of a frame, and without those that are there but empty."""
+    for shared, at in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+        groups = header.get(shared) or ()
+        for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+            if at < len(groups) and groups[at].get(name):
+                header.update(groups[at][name].value[0])
+    for key in ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"):
+        if key in header and header[key].value in (None, ""):
+            del header[key]
+    if "RescaleSlope" in header or "RescaleIntercept" in header:
+        header.RescaleSlope, header.RescaleIntercept = header.get("RescaleSlope", 1), header.get("RescaleIntercept", 0)
+    return header
 
 
 def _image(values: np.ndarray, header: "Dataset", pydicom: ModuleType) -> Image.Image:

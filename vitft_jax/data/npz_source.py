@@ -173,6 +173,7 @@ def _labels(path: Path, key: str, headers: dict[str, tuple[tuple[int, ...], np.d
     if shape[0] != count:
         raise InputError(f"{path}: {key} has {shape[0]} rows for {count} images; give one for each.")
     labels = _array(path, key)
+    labels = labels.astype(np.int64) if dtype.kind == "b" else labels
     labels = labels[:, 0] if shape[1:] == (1,) else labels
     multilabel = labels.ndim == 2
     wrong = np.argwhere((labels < 0) | ((labels > 1) if multilabel else np.zeros_like(labels, bool)))

@@ -60,6 +60,8 @@ def hold_out(labels: np.ndarray, groups: Sequence[str], fraction: float, seed: i
 
     count = _need_groups(groups, 2, "a split in two")
     strata = _strata(labels)
+    if np.bincount(strata).max() < 2:  # every class once: there is nothing to stratify by
+        strata = np.zeros_like(strata)
     folds = max(2, min(_MAX_FOLDS, count, int(np.bincount(strata).max())))
     share = Fraction(fraction).limit_denominator(folds)
     share = min(max(share, Fraction(1, folds)), Fraction(folds - 1, folds))
@@ -89,8 +91,13 @@ def check_splits(
       places: how the user knows each example, for messages.
 
     Raises:
-      InputError: a split is empty, a group is in two splits, or a class has no example in train.
+      InputError: two classes differ in capital letters alone, a split is empty, a group is in two splits, or a class has no
+        example in train.
     """
+    if alike := alike_but_for_case(classes):
+        raise InputError(
+            f"Classes {' and '.join(map(repr, alike[0]))} differ in capital letters alone; spell them alike."
+        )
     for split in SPLITS:
         if split not in splits:
             raise InputError(f"The {split} split is empty; each of train, val and test needs images.")
@@ -110,6 +117,14 @@ def check_splits(
                 f"Class {name!r} has no example in train; add images of more groups, correct column split, "
                 "or leave the class out."
             )
+
+
+def alike_but_for_case(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Names that differ in capital letters alone, together."""
+    found: dict[str, dict[str, None]] = {}
+    for name in names:
+        found.setdefault(name.casefold(), {})[name] = None
+    return [tuple(group) for group in found.values() if len(group) > 1]
 
 
 def _need_groups(groups: Sequence[str], least: int, purpose: str) -> int:

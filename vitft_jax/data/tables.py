@@ -2,6 +2,7 @@
 
 import csv
 import posixpath
+import re
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -27,6 +28,7 @@ SPLIT_NAMES = {
 FAULTS = 20  # rows to name in one message
 _BINARY = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0}
 _RESERVED = ("path", "label", "group", "split")
+_OF_GROUPS = re.compile(r"(patient|subject|case|study|exam|video)[ _-]?(id|no|nr|number|name)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def read_table(table: Path, root: Path, base: Path, label_columns: Sequence[str]
     """Reads a table with columns `path`, `label` (or several 0/1 columns), and optionally `group` and `split`.
 
     Args:
-      table: the CSV file, UTF-8 with or without a byte-order mark. Blank lines and other columns are passed over.
+      table: the CSV file, UTF-8 with or without a byte-order mark. Blank lines and other columns are passed over, but for
+        those that were meant to be read, by their names.
       root: the image folder; every image must lie in it.
       base: the folder that column `path` is relative to; `root` or a folder below it.
       label_columns: names of the 0/1 columns of a multi-label table; empty for a table with one class a row.
@@ -69,7 +72,8 @@ def read_table(table: Path, root: Path, base: Path, label_columns: Sequence[str]
         raise InputError(
             f"{table}: {len(missing)} of {len(examples.names)} images are not in {root}:"
             f"{_rows(examples, numbers, missing)}{slash}\n"
-            "Correct the paths (they are relative to the table) or take the rows out."
+            f"Correct the paths, which are relative to {base}, or take the rows out; if this is the split.csv of a run, "
+            "restore the images instead, or start a new run."
         )
     return examples
 
@@ -187,14 +191,22 @@ def read_rows(table: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         raise InputError(f"{table}, row {start}: not valid CSV ({error}); correct the quotes.") from error
     if len(rows) < 2:
         raise InputError(f"{table} has no rows; it needs a header and one row for each image.")
-    header = rows[0][1]
-    for number, cells in rows[1:]:
+    header, examples = rows[0][1], rows[1:]
+    if len(header) == 1 and (mark := next((mark for mark in ";\t" if mark in header[0]), "")):
+        name = {";": "';'", "\t": "tabs"}[mark]
+        raise InputError(
+            f"{table}: its columns are separated by {name}; save it with commas between them ('CSV UTF-8')."
+        )
+    while header and not header[-1] and all(not any(cells[len(header) - 1 :]) for _, cells in examples):
+        header = header[:-1]  # columns without a name and without values, as spreadsheets leave them behind
+    examples = [(n, cells if any(cells[len(header) :]) else cells[: len(header)]) for n, cells in examples]
+    for number, cells in examples:
         if len(cells) != len(header):
             raise InputError(
                 f"{table}, row {number}: {len(cells)} values for {len(header)} columns ({', '.join(header)}); "
                 "a value that contains a comma needs quotes."
             )
-    return header, rows[1:]
+    return header, examples
 
 
 def _check_columns(header: list[str], table: Path, label_columns: Sequence[str]) -> None:
@@ -207,6 +219,16 @@ def _check_columns(header: list[str], table: Path, label_columns: Sequence[str])
             hint = "separate the columns by commas" if len(header) == 1 else nearest(column, header)
             multi = "" if label_columns or column == "path" else " (for several 0/1 columns set data.labels)"
             raise InputError(f"{table}: there is no column {column!r}; {hint}{multi}")
+    for column in header:
+        if column.lower() in ("group", "split") and column.lower() not in header:
+            raise InputError(
+                f"{table}: column {column!r} would not be read; write {column.lower()!r}, or give it another name."
+            )
+        if "group" not in header and column not in label_columns and _OF_GROUPS.fullmatch(column):
+            raise InputError(
+                f"{table}: column {column!r} would not be read, and images of one patient or video could lie in different "
+                "splits; call it 'group', or if it is none give it another name."
+            )
 
 
 def _inside(path: str, prefix: str, where: str, root: Path) -> str:

@@ -17,9 +17,9 @@ from vitft_jax.exported import About
 
 BICUBIC = 3  # of PIL
 READS = (
-    "other programs read images as 8-bit RGB: bring 16-bit, float, transparent and DICOM images to that by "
-    "vitft_jax.data.decode. Images of at least four times the model's side each way are reduced in two steps by vitft_jax, "
-    "in one elsewhere"
+    "other programs read images as 8-bit RGB: bring 16-bit, float and transparent images to that by vitft_jax.data.decode, "
+    "DICOM files by vitft_jax.data.dicom.read. Images of at least four times the model's side each way are reduced in two "
+    "steps by vitft_jax, in one elsewhere"
 )
 
 
