@@ -159,10 +159,8 @@ def test_that_no_groups_are_known_is_told(config):
 def test_groups_that_are_none_or_spelt_in_two_ways_are_told(config):
     root, table = root_of(config), rows()
     table[2][1], table[3][1] = "mass", "cyst"
-    for row, group in zip(table, ("", "", "NA", "NA"), strict=False):
-        row[2] = group
-    table[2][3] = table[3][3] = "train"
-    table[4][2], table[8][2] = "P1", "p1"
+    for row, group in {0: "", 1: "", 4: "NA", 5: "NA", 8: "P1", 12: "p1"}.items():
+        table[row][2] = group
     write_table(root, table)
     found = check_data.check(config)
     assert findings(found) == {

@@ -127,7 +127,7 @@ def test_arms_are_made_from_each_other_in_order(tmp_path):
         ("metrics=['accuracy', 'hamming']", "no task has together"),
         (f"[[arms]]\n{CONFIG}[[arms]]\nname='b'\n{CONFIG}", "each needs a name"),
         (f"[[arms]]\nname='b'\n{CONFIG}[[arms]]\nname='b!'\n{CONFIG}", "two runs of one name"),
-        ("[[arms]]\nname='b'\nquantize='c'", "made from 'c'; choose one of b"),
+        ("[[arms]]\nname='b'\nquantize='c'", "made from arm 'c'; choose one of b"),
         ("[[arms]]\nname='b'\nquantize='b'", "made from itself"),
         ("[[arms]]\nname='b'\nquantize='b'\nseed=1", "has no 'seed'"),
         ("[base]\nseed=1", "'config' names its file"),

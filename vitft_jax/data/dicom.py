@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EXTENSIONS = frozenset({".dcm", ".dicom"})
 _INDEX = "DICOMDIR"  # a DICOM file that lists others
+_GROUPS = {"shared": 0x52009229, "frames": 0x52009230}  # tags of the functional groups of enhanced files
 
 
 def is_dicom(path: Path) -> bool:
@@ -59,7 +60,7 @@ def read(path: Path, frame: int = 0, max_side: int = 0) -> Image.Image:
         if not path.is_file():  # as above
             raise FileNotFoundError
         header = pydicom.Dataset()
-        values = pydicom.pixels.pixel_array(path, index=frame, ds_out=header)
+        values = pydicom.pixels.pixel_array(path, index=frame, ds_out=header, specific_tags=list(_GROUPS.values()))
         return to_8_bit(_image(values, _of_frame(header, frame), pydicom), max_side)
     except FileNotFoundError:
         raise InputError(f"Cannot read image {path}: the file is missing.") from None
@@ -81,8 +82,8 @@ def _pydicom(path: Path) -> ModuleType:
 
 def _of_frame(header: "Dataset", frame: int) -> "Dataset":
     """The header with the transformations of a frame, and without those that are there but empty."""
-    for shared, at in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
-        groups = header.get(shared) or ()
+    for of, at in (("shared", 0), ("frames", frame)):
+        groups = header[_GROUPS[of]].value or () if _GROUPS[of] in header else ()
         for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
             if at < len(groups) and groups[at].get(name):
                 header.update(groups[at][name].value[0])
