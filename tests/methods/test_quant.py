@@ -13,7 +13,7 @@ from support import TINY, init, integer_dots, randomised, tiny
 
 import vitft_jax
 from vitft_jax import config as configs
-from vitft_jax import evaluate, methods, optim, quantizer, run, step, train, tree, vit
+from vitft_jax import data, evaluate, methods, optim, quantizer, run, step, train, tree, vit
 from vitft_jax.build import build, trains
 from vitft_jax.errors import InputError
 from vitft_jax.folder import Folder
@@ -337,7 +337,7 @@ def test_scales_and_ranges_are_no_parameters(tiny_config):
         config.methods, config.train.trainable = names, trainable
         config.quant.update(changes)
         config, source = run.resolve(config)
-        return build(config, Folder(tiny_config.data.path).dataset(config), source).parameters
+        return build(config, data.load(config.data, config.seed), source).parameters
 
     assert counted(("quant", "lora"), base="int8") == counted(("lora",))
     whole = counted(("quant",), ".", static=True)
