@@ -23,7 +23,7 @@ SWEEPS = {  # by the name of what it publishes: its file in configs/sweeps, and 
     "rank_encoder_busi": ("rank_encoder_vit", " $BUSI --set dtype=bfloat16 --set seed=0 --set lora.rank=2,8,32"),
     "multilabel": ("multilabel", ""),
     "chain_demo": ("chain_demo", ""),
-    "chain_busi": ("chain", " $BUSI --set seed=0"),  # and --only for the seeds 1 and 2, see docs/results.md
+    "chain_busi": ("chain", " $BUSI --set seed=0"),  # and seed 1 of some arms, see docs/results.md
 }
 RACES = {  # by the name of what it publishes: its command, as above
     "chain_busi_speed": (
