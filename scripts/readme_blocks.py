@@ -33,7 +33,7 @@ RACES = {  # by the name of what it publishes: its command, as above
     "race": "accuracy_race.py --output runs/race --methods lora,adalora,full --seeds 0,1,2",
     "race_busi": (
         "accuracy_race.py --output runs/race_busi --methods lora --seeds 0 $DATA --config.dtype=bfloat16"
-        " --config.train.epochs=8"
+        " --config.train.epochs=4"
     ),
 }
 
