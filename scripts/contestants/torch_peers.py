@@ -98,7 +98,7 @@ def train_step(who: Label, model: Any, images: Any, cast: Any) -> Any:
     labels = torch.arange(len(images)) % CLASSES
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
-    # Fused, as transformers' own trainer has it by default: torch's loop over tensors takes seven times as long on a CPU.
+    # Fused, as transformers' own trainer has it by default; torch's loop over tensors is slower.
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.01, fused=True)
     done = 0
 
